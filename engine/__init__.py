@@ -1,0 +1,1 @@
+"""The engine: scheduler, executors, models, and the daemon that serves them over the bus."""

@@ -1,0 +1,35 @@
+"""The protocol between the step loop and whatever computes: `torch` on any machine, `cuda` on a GPU, `fake` for tests."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from microserve.engine.plan import StepPlan, StepResult
+from microserve.runtime.messages import Layout, ModelInfo
+
+
+class Executor(Protocol):
+    """Computes steps against its own KV pool. Every method is called from the step thread alone.
+
+    `launch` may return before the step has finished; `collect` waits for the oldest launched step. `depth` says how
+    many steps may be launched and uncollected at once (1: launch, collect, launch; 2: overlapped scheduling).
+    An error from `launch` or `collect` is fatal for the sequences of that step, not for the engine.
+    """
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def total_pages(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    def launch(self, plan: StepPlan) -> None: ...
+
+    def collect(self) -> StepResult: ...
+
+    def close(self) -> None: ...

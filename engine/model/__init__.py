@@ -1,0 +1,1 @@
+"""Models: checkpoint configuration, weights and the one decoder that serves every supported architecture."""

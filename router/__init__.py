@@ -1,0 +1,1 @@
+"""The router: text, HTTP, strategies and the view of the fleet."""

@@ -1,0 +1,1 @@
+"""The command line, and the chores around it. Talks to daemons over the bus; imports only the runtime."""
