@@ -150,9 +150,7 @@ class Benchmark:
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the environment and every row to FILE")
         return parser.parse_args(argv)
 
-    def row(
-        self, name: str, sample: Sample, *, unit: str, scale: float = 1.0, limit: str = "", note: str = ""
-    ) -> Row:
+    def row(self, name: str, sample: Sample, *, unit: str, scale: float = 1.0, limit: str = "", note: str = "") -> Row:
         """Adds a figure. `scale` converts the sample to `unit`; `limit` says what it is held against."""
         shown = sample.scaled(scale)
         row = Row(name, shown.median, shown.low, shown.high, unit, limit, note)
