@@ -1,11 +1,12 @@
-"""The protocol between the step loop and whatever computes: `torch` on any machine, `cuda` on a GPU, `fake` for tests."""
+"""The protocol between the step loop and what computes: `torch` anywhere, `cuda` on a GPU, `fake` for tests."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from microserve.engine.plan import StepPlan, StepResult
-from microserve.runtime.messages import Layout, ModelInfo
+if TYPE_CHECKING:
+    from microserve.engine.plan import StepPlan, StepResult
+    from microserve.runtime.messages import Layout, ModelInfo
 
 
 class Executor(Protocol):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from microserve.runtime.messages import SamplingParams, TokenLogprobs
+if TYPE_CHECKING:
+    from microserve.runtime.messages import SamplingParams, TokenLogprobs
 
 TokenArray = npt.NDArray[np.int32]
 PageArray = npt.NDArray[np.int32]
@@ -17,8 +19,8 @@ PageArray = npt.NDArray[np.int32]
 class SequenceStart:
     """A sequence that the executor sees for the first time, or again after a preemption.
 
-    `history` int32 [n] is everything known so far: prompt, then output; the output begins at `prompt_length` (which excludes the
-    request's `prior_output`). The sampler needs it for penalties. `seed` is resolved: never None.
+    `history` int32 [n] is everything known so far: prompt, then output; the output begins at
+    `prompt_length` (which excludes the request's `prior_output`). The sampler needs it for penalties. `seed` is resolved: never None.
     """
 
     sequence: int

@@ -8,8 +8,8 @@ A subject is a module of this package with a `main()`:
     bench.row("round trip", sample, unit="µs", scale=1e6, limit="2x bare", note="…")
     bench.finish(args)
 
-Figures from one run are compared in that run only: `interleave` alternates two or more candidates, so that a machine whose
-speed drifts slows them alike, and `ratio` is taken pair by pair.
+Figures from one run are compared in that run only: `interleave` alternates two or more candidates, so that a machine
+whose speed drifts slows them alike, and `ratio` is taken pair by pair.
 """
 
 from __future__ import annotations

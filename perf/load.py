@@ -1,8 +1,8 @@
 """The load generator: arrivals and lengths that are seeded, requests over HTTP, and the serving figures of each run.
 
 Definitions (those of the field's benchmarks): TTFT is from sending to the first content chunk; TPOT is
-(JCT - TTFT) / (output tokens - 1) per request; ITL is every gap between content chunks, pooled; JCT is from sending to the last chunk.
-A failed request is reported, never dropped.
+(JCT - TTFT) / (output tokens - 1) per request; ITL is every gap between content chunks, pooled; JCT is from sending to
+the last chunk. A failed request is reported, never dropped.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Summary:
 def sharegpt_like(count: int, *, rate: float, seed: int, vocab: int, longest: int, longest_output: int) -> list[Job]:
     """`count` jobs with Poisson arrivals at `rate` a second (0: all at once).
 
-    Lengths are log-normal with the medians and spread that chat logs show (prompt median about 40 tokens with a long tail,
-    output median about 130), clipped to `longest` and `longest_output`; the ids are uniform over the vocabulary, so no two prompts share a prefix.
+    Lengths are log-normal, after the shape of chat logs: prompt median 40 tokens with a long tail, output median 130;
+    clipped to `longest` and `longest_output`. Ids are uniform over the vocabulary, so no two prompts share a prefix.
     """
     random = np.random.default_rng(seed)
     gaps = random.exponential(1.0 / rate, count) if rate > 0 else np.zeros(count)

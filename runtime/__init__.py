@@ -1,1 +1,1 @@
-"""What every process shares: ids, errors, messages, the bus, RPC, membership, configuration, lifecycle. No torch here."""
+"""What every process shares: ids, errors, messages, bus, RPC, membership, configuration, lifecycle. No torch here."""

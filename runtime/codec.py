@@ -12,7 +12,7 @@ from microserve.runtime.messages import MAX_MESSAGE_BYTES, AnyMessage, ErrorInfo
 TokenArray = npt.NDArray[np.int32]
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 # Token ids on the wire are little-endian whatever the host is.
 _WIRE_INT32 = np.dtype("<i4")

@@ -1,27 +1,27 @@
 """The one error tree. Where an error stands says whose fault it was; its `code` is what travels.
 
-    MicroserveError
-    ├── CallerError                  the caller must change something          4xx, never retried
-    │   ├── InvalidRequest           400 invalid_request
-    │   │   └── ContextLengthExceeded 400 context_length_exceeded
-    │   ├── Unauthorized             401 unauthorized
-    │   ├── Forbidden                403 forbidden
-    │   ├── NotFound                 404 not_found
-    │   │   └── ModelNotFound        404 model_not_found
-    │   └── TooLarge                 413 too_large
-    ├── Unavailable                  nobody's fault; may be retried elsewhere or later
-    │   ├── Busy                     429 busy            (carries retry_after)
-    │   ├── Draining                 503 draining
-    │   └── NoEngine                 503 no_engine
-    ├── PeerError                    the other process failed                  502/504
-    │   ├── PeerLost                 502 peer_lost       (died, silent, or the session broke)
-    │   ├── ProtocolError            502 protocol_error  (it said something malformed)
-    │   ├── VersionMismatch          502 version_mismatch
-    │   └── DeadlineExceeded         504 deadline_exceeded
-    ├── Cancelled                    499 cancelled       the caller asked for it
-    ├── InternalError                500 internal        our fault: a bug
-    ├── ConfigError                  start-up: the operator's configuration
-    └── CheckpointError              start-up: the model's files
+MicroserveError
+├── CallerError                  the caller must change something          4xx, never retried
+│   ├── InvalidRequest           400 invalid_request
+│   │   └── ContextLengthExceeded 400 context_length_exceeded
+│   ├── Unauthorized             401 unauthorized
+│   ├── Forbidden                403 forbidden
+│   ├── NotFound                 404 not_found
+│   │   └── ModelNotFound        404 model_not_found
+│   └── TooLarge                 413 too_large
+├── Unavailable                  nobody's fault; may be retried elsewhere or later
+│   ├── Busy                     429 busy            (carries retry_after)
+│   ├── Draining                 503 draining
+│   └── NoEngine                 503 no_engine
+├── PeerError                    the other process failed                  502/504
+│   ├── PeerLost                 502 peer_lost       (died, silent, or the session broke)
+│   ├── ProtocolError            502 protocol_error  (it said something malformed)
+│   ├── VersionMismatch          502 version_mismatch
+│   └── DeadlineExceeded         504 deadline_exceeded
+├── Cancelled                    499 cancelled       the caller asked for it
+├── InternalError                500 internal        our fault: a bug
+├── ConfigError                  start-up: the operator's configuration
+└── CheckpointError              start-up: the model's files
 """
 
 from __future__ import annotations

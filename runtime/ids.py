@@ -41,7 +41,7 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 def valid_name(name: str) -> bool:
-    """Whether `name` may name a process: letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit."""
+    """Whether `name` may name a process: letters, digits, '.', '_', '-', at most 63, the first a letter or digit."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 PROTOCOL_VERSION = 1
@@ -89,8 +88,8 @@ class ErrorInfo(Struct, omit_defaults=True, frozen=True):
 class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
     """How tokens are chosen. Defaults are plain sampling at temperature 1.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off. `logprobs` None returns none,
-    k returns the chosen token's and the k most likely. The random stream is Philox(seed, output index);
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off. `logprobs` None returns
+    none, k returns the chosen token's and the k most likely. The random stream is Philox(seed, output index);
     without a seed the engine draws one.
     """
 
@@ -113,8 +112,8 @@ class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
 class StartGenerate(Message, tag="start_generate"):
     """Match the prompt, prefill from `begin`, and stream tokens. Replies: `Part(Tokens)…`, then `Reply(Generated)`.
 
-    `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the random stream
-    and usage continue from there. Budgets are seconds that remain when the message is sent:
+    `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the random
+    stream and usage continue from there. Budgets are seconds that remain when the message is sent:
     `admit_by` until it starts to run, `first_token_by` until its first token.
     """
 
@@ -155,7 +154,7 @@ class Usage(Struct, omit_defaults=True, frozen=True, kw_only=True):
 
 
 class Generated(Message, tag="generated"):
-    """The terminal reply of `StartGenerate`: `finish_reason` is "stop" (EOS or a stop token, in `stop_token`) or "length"."""
+    """The terminal reply of `StartGenerate`: `finish_reason` is "stop" (by `stop_token`) or "length"."""
 
     finish_reason: str
     usage: Usage
@@ -176,7 +175,10 @@ class Aborted(Message, tag="aborted"):
 
 
 class ModelInfo(Struct, omit_defaults=True, frozen=True, kw_only=True):
-    """What an engine serves. `revision` is a digest of config and weights; `tokenizer` is a path the router can read, or empty."""
+    """What an engine serves.
+
+    `revision` is a digest of config and weights; `path` is the checkpoint's folder, where a router finds the tokenizer.
+    """
 
     name: str
     revision: str
@@ -247,7 +249,7 @@ class Announce(Message, tag="announce"):
 
 
 class Heartbeat(Message, tag="heartbeat"):
-    """An engine to a router, once a second and on every change of state. Reply: `Ok`, or `not_found` (announce again)."""
+    """An engine to a router, once a second and on changes of state. Reply: `Ok`, or `not_found` (announce again)."""
 
     engine_id: str
     epoch: int
@@ -313,7 +315,9 @@ class ChatMessage(Struct, frozen=True, omit_defaults=True):
 
 
 class Generate(Message, tag="generate"):
-    """A client to a router: one choice of one request. Exactly one of `text`, `prompt` (token ids) and `messages` is given.
+    """A client to a router: one choice of one request.
+
+    Exactly one of `text`, `prompt` (token ids) and `messages` is given.
 
     Replies: `Part(TextChunk)…`, then `Reply(Finished)`. `model` "" means the only (or first) model.
     """
