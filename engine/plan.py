@@ -20,7 +20,8 @@ class SequenceStart:
     """A sequence that the executor sees for the first time, or again after a preemption.
 
     `history` int32 [n] is everything known so far: prompt, then output; the output begins at
-    `prompt_length` (which excludes the request's `prior_output`). The sampler needs it for penalties. `seed` is resolved: never None.
+    `prompt_length` (which excludes the request's `prior_output`). The sampler needs it for penalties. `seed` is
+    resolved: never None.
     """
 
     sequence: int

@@ -1,169 +1,318 @@
 """Configuration: frozen structs, filled from a TOML file, then the environment, then flags; the last that speaks wins.
 
-Every field's annotation carries its documentation and its limits, from which validation, the flags' help and the error
-messages are made. A file holds the keys of one process at its top level, or tables `[engine]` and `[router]`
-to serve both. `MICROSERVE_ENGINE_PAGE_SIZE` and `--page-size` are the other names of the engine's `page_size`;
-a table's keys are joined with their table (`MICROSERVE_ENGINE_FAKE_VOCAB_SIZE`, `--fake-vocab-size`).
+A file holds the keys of one process at its top level, or tables `[engine]` and `[router]` to serve both.
+`MICROSERVE_ENGINE_PAGE_SIZE` and `--page-size` are the other names of the engine's `page_size`; a table's keys are
+joined with their table (`MICROSERVE_ENGINE_FAKE_VOCAB_SIZE`, `--fake-vocab-size`). The structs are in `settings`.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import json
 import os
-import re
-import socket
-from typing import Annotated, Any, Literal
+import tomllib
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import FieldInfo, fields
 
 from microserve.runtime.errors import ConfigError
+from microserve.runtime.settings import (
+    EngineConfig,
+    FakeConfig,
+    RouterConfig,
+    default_process_id,
+    describe_default,
+    parse_size,
+    section_of,
+)
 
-_ENDPOINT = {"expected": "an endpoint such as tcp://127.0.0.1:7700 or ipc:///run/microserve/router.sock"}
-_ENDPOINT_PATTERN = r"^(tcp|ipc|memory)://.+"
-_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-_NAME = {"expected": "a name of at most 63 letters, digits, '.', '_' and '-'"}
-_SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B?\s*$"
-_SIZE = {"expected": "a size such as 512MiB, 2GiB or 4GB"}
-_PATTERN_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-Endpoint = Annotated[str, Meta(pattern=_ENDPOINT_PATTERN, extra=_ENDPOINT)]
-LogLevel = Literal["debug", "info", "warning", "error"]
+__all__ = [
+    "EngineConfig",
+    "FakeConfig",
+    "RouterConfig",
+    "add_flags",
+    "config_from_args",
+    "default_process_id",
+    "load_config",
+    "parse_size",
+]
 
-
-class FakeConfig(Struct, frozen=True, kw_only=True):
-    """The latency model and shape of the `fake` executor. Times are microseconds of one step."""
-
-    prefill_us_per_token: Annotated[float, Meta(ge=0, description="time a prompt token adds to a step, µs")] = 20.0
-    decode_base_us: Annotated[float, Meta(ge=0, description="time of a step whatever it holds, µs")] = 2000.0
-    decode_us_per_sequence: Annotated[float, Meta(ge=0, description="time a decoding sequence adds, µs")] = 50.0
-    vocab_size: Annotated[int, Meta(ge=2, description="vocabulary size")] = 32000
-    max_context: Annotated[int, Meta(ge=2, description="longest prompt and output together, tokens")] = 32768
-    total_pages: Annotated[int, Meta(ge=1, description="pages of the pretended pool")] = 8192
-    eos_after: Annotated[
-        int | None,
-        Meta(description="end every sequence after so many output tokens (not set: only max_tokens ends it)"),
-    ] = None
-
-
-class EngineConfig(Struct, frozen=True, kw_only=True):
-    """An engine's configuration."""
-
-    engine_id: Annotated[
-        Annotated[str, Meta(pattern=_NAME_PATTERN, extra=_NAME)] | None,
-        Meta(description="the engine's name, kept across restarts (not set: made of host name and process id)"),
-    ] = None
-    model: Annotated[str, Meta(min_length=1, description="checkpoint folder, or the name of a bundled model")] = "demo"
-    model_name: Annotated[
-        str | None, Meta(description="name that requests use for the model (not set: the folder's name)")
-    ] = None
-    executor: Annotated[
-        Literal["auto", "torch", "fake"],
-        Meta(description="what computes; auto: the fastest that this machine has; fake: made-up tokens, for tests"),
-    ] = "auto"
-    device: Annotated[str, Meta(description="where it computes: auto, cpu, cuda:0 …")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="number format of weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU"),
-    ] = "auto"
-    bind: Annotated[Endpoint, Meta(description="where routers reach this engine's verbs; port * takes a free one")] = (
-        "tcp://127.0.0.1:*"
-    )
-    advertise: Annotated[
-        Endpoint | None, Meta(description="how others reach `bind`, where that differs (containers, NAT)")
-    ] = None
-    events_bind: Annotated[Endpoint, Meta(description="where events and load are published")] = "tcp://127.0.0.1:*"
-    events_advertise: Annotated[Endpoint | None, Meta(description="how others reach `events_bind`")] = None
-    routers: Annotated[tuple[Endpoint, ...], Meta(description="routers that this engine announces itself to")] = (
-        "tcp://127.0.0.1:7700",
-    )
-    page_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV page")] = 16
-    kv_memory: Annotated[str, Meta(pattern=_SIZE_PATTERN, extra=_SIZE, description="memory of the KV pool")] = "2GiB"
-    kv_pages: Annotated[
-        Annotated[int, Meta(ge=2)] | None, Meta(description="pages in the KV pool (overrides kv_memory)")
-    ] = None
-    max_context: Annotated[
-        Annotated[int, Meta(ge=2)] | None,
-        Meta(description="longest prompt and output together, tokens (not set: the model's own limit)"),
-    ] = None
-    max_running: Annotated[int, Meta(ge=1, description="requests computed at once")] = 64
-    max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
-    step_tokens: Annotated[int, Meta(ge=1, description="token budget of a step: decodes, then prompt chunks")] = 512
-    threads: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="CPU threads of the executor (not set: one per core)")
-    ] = None
-    labels: Annotated[dict[str, str], Meta(description="labels that strategies select by, such as pool=prefill")] = {}
-    drain_timeout: Annotated[
-        float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")
-    ] = 30.0
-    log_level: Annotated[LogLevel, Meta(description="least severe events that are logged")] = "info"
-    log_json: Annotated[bool, Meta(description="log one JSON object a line")] = False
-    fake: Annotated[FakeConfig, Meta(description="the fake executor")] = FakeConfig()
+C = TypeVar("C", bound=Struct)
 
 
-class RouterConfig(Struct, frozen=True, kw_only=True):
-    """A router's configuration."""
+def load_config(
+    cls: type[C],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> C:
+    """The configuration that `file`, `environ` and `flags` describe; each overrides what stands before it.
 
-    router_id: Annotated[
-        Annotated[str, Meta(pattern=_NAME_PATTERN, extra=_NAME)] | None,
-        Meta(description="the router's name (not set: made of host name and process id)"),
-    ] = None
-    bind: Annotated[Endpoint, Meta(description="where engines announce themselves and clients call")] = (
-        "tcp://127.0.0.1:7700"
-    )
-    advertise: Annotated[Endpoint | None, Meta(description="how others reach `bind`, where that differs")] = None
-    http_host: Annotated[str, Meta(min_length=1, description="address of the OpenAI-compatible HTTP server")] = (
-        "127.0.0.1"
-    )
-    http_port: Annotated[int, Meta(ge=0, le=65535, description="port of the HTTP server; 0 takes a free one")] = 8000
-    max_active: Annotated[int, Meta(ge=1, description="requests at engines at once")] = 1024
-    max_queued: Annotated[int, Meta(ge=0, description="requests that may wait for a place; one more gets 429")] = 256
-    queue_timeout: Annotated[float, Meta(ge=0, description="seconds that a request may wait for a place")] = 30.0
-    request_timeout: Annotated[float, Meta(gt=0, description="seconds that a request may take in all")] = 600.0
-    max_body_bytes: Annotated[int, Meta(ge=1024, description="largest HTTP body that is read, bytes")] = 16 << 20
-    strategy: Annotated[str, Meta(min_length=1, description="name of the strategy that serves requests")] = (
-        "data_parallel"
-    )
-    strategy_settings: Annotated[
-        dict[str, int | float | bool | str], Meta(description="settings of the strategy, such as ratio=0.2")
-    ] = {}
-    engine_silence: Annotated[
-        float, Meta(gt=0, description="seconds without a heartbeat after which an engine gets no new work")
-    ] = 3.0
-    keep_alive: Annotated[float, Meta(ge=0, description="seconds that an idle HTTP connection stays open")] = 75.0
-    drain_timeout: Annotated[
-        float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")
-    ] = 30.0
-    log_level: Annotated[LogLevel, Meta(description="least severe events that are logged")] = "info"
-    log_json: Annotated[bool, Meta(description="log one JSON object a line")] = False
+    `flags` maps a field's name ("page_size", "fake_vocab_size") to its value; None means "not given".
+    Raises `ConfigError` that names the key, the value, what is expected and where the value came from.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        _read_file(cls, file, values)
+    _read_environ(cls, environ if environ is not None else {}, values)
+    leaves = {path: field for path, field in _leaves(cls)}
+    for name, value in (flags or {}).items():
+        path = next((path for path in leaves if "_".join(path) == name), None)
+        if path is None:
+            raise _unknown("--" + name.replace("_", "-"), ("--" + "-".join(p).replace("_", "-") for p in leaves))
+        if value is not None:
+            origin = "--" + name.replace("_", "-")
+            _put(values, path, _convert(path, leaves[path], _from_text(leaves[path].type, value, origin), origin))
+    return _build(cls, values)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "512MiB", "2G" (binary too) or "4GB" (decimal). Raises `ConfigError`."""
-    match = _PATTERN_BYTES.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is not {_SIZE['expected']}")
-    number, unit, binary = match.groups()
-    base = 1000 if not binary and text.rstrip().endswith("B") else 1024
-    return int(float(number) * base ** (" KMGT".index(unit) if unit else 0))
+def add_flags(parser: argparse.ArgumentParser, cls: type[Struct]) -> None:
+    """Add a flag for every field of `cls`, with its documentation and default. What is not given parses to None."""
+    for path, field in _leaves(cls):
+        name, kind = "_".join(path), _plain(field.type)
+        default = describe_default(field.default if field.default is not msgspec.NODEFAULT else {})
+        text = _meta(field.type, "description") or ""
+        text = (f"{text} (default: {default})" if default else text).replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        target: Any = parser if len(path) == 1 else _group(parser, path[0])
+        if kind is bool:
+            target.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif _is_collection(kind):
+            metavar = "KEY=VALUE" if get_origin(kind) is dict else _metavar(kind)
+            target.add_argument(flag, dest=name, action="append", default=None, metavar=metavar, help=text)
+        else:
+            target.add_argument(flag, dest=name, default=None, metavar=_metavar(kind), help=text)
 
 
-def default_process_id(environ_host: str | None = None) -> str:
-    """A name for this process, unique on its host and for as long as it runs: host name and process id."""
-    host = environ_host if environ_host is not None else socket.gethostname()
-    cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", host.split(".")[0]).strip("-._") or "host"
-    return f"{cleaned[:48]}-{os.getpid()}"
+def config_from_args(
+    cls: type[C], argv: Sequence[str], *, prog: str, description: str, environ: Mapping[str, str] | None = None
+) -> C:
+    """A daemon's whole command line: `--config FILE` and every flag of `cls`. Exits on `--help` and on unknown flags.
+
+    `MICROSERVE_<SECTION>_CONFIG` names the file where `--config` does not. Raises `ConfigError`.
+    """
+    environ = os.environ if environ is None else environ
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="TOML file; flags override it")
+    add_flags(parser, cls)
+    flags = vars(parser.parse_args(argv))
+    file = flags.pop("config")
+    if file is None and (named := environ.get(f"{_prefix(cls)}CONFIG")):
+        file = Path(named)
+    return load_config(cls, file=file, environ=environ, flags=flags)
 
 
-def section_of(cls: type[Struct]) -> str:
-    """ "engine" or "router": the table in a file, and the word in environment names."""
-    return cls.__name__.removesuffix("Config").lower()
+# --- sources -------------------------------------------------------------------------------------------------------
 
 
-def describe_default(value: Any) -> str:
-    """A default as help shows it; empty for what is not set."""
-    if value is None or value == {}:
-        return ""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)
+def _read_file(cls: type[Struct], file: Path, values: dict[str, Any]) -> None:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    sections = ("engine", "router")
+    if any(isinstance(table.get(section), dict) for section in sections):
+        for key in table:
+            if key not in sections:
+                raise _unknown(f"{file}: {key!r} beside tables [engine] and [router]", sections)
+        table = table.get(section_of(cls), {})
+    _read_table(cls, table, f"{file}", (), values)
+
+
+def _read_table(
+    cls: type[Struct], table: dict[str, Any], file: str, at: tuple[str, ...], values: dict[str, Any]
+) -> None:
+    known = {field.name: field for field in fields(cls)}
+    for key, value in table.items():
+        path = (*at, key)
+        if key not in known:
+            raise _unknown(f"{file}: {'.'.join(path)}", (".".join((*at, name)) for name in known))
+        kind = _plain(known[key].type)
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{'.'.join(path)}: {value!r} is not a table (from {file})")
+            _read_table(kind, value, file, path, values)
+        else:
+            _put(values, path, _convert(path, known[key], value, file))
+
+
+def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: dict[str, Any]) -> None:
+    prefix = _prefix(cls)
+    known = {prefix + "_".join(path).upper(): (path, field) for path, field in _leaves(cls)}
+    for name, text in environ.items():
+        if not name.startswith(prefix) or name == f"{prefix}CONFIG":
+            continue
+        if name not in known:
+            raise _unknown(name, known)
+        path, field = known[name]
+        _put(values, path, _convert(path, field, _from_text(field.type, text, name), name))
+
+
+def _prefix(cls: type[Struct]) -> str:
+    return f"MICROSERVE_{section_of(cls).upper()}_"
+
+
+def _from_text(annotation: Any, value: object, origin: str) -> Any:
+    """A flag's or variable's text as the value that a file would hold; what is not text stays as it is."""
+    kind = _plain(annotation)
+    if _is_collection(kind):
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            return value
+        parts = [part.strip() for item in value for part in item.split(",") if part.strip()]
+        return _pairs(kind, parts, origin) if get_origin(kind) is dict else parts
+    if not isinstance(value, str):
+        return value
+    if value == "" and NoneType in _options(annotation):
+        return None
+    if kind in (int, float, bool):
+        try:
+            return msgspec.convert(value.strip(), kind, strict=False)
+        except msgspec.ValidationError:
+            return value
+    return value
+
+
+def _pairs(kind: Any, parts: list[str], origin: str) -> dict[str, Any]:
+    typed = get_args(kind)[1] is not str
+    found: dict[str, Any] = {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{part!r} is not KEY=VALUE (from {origin})")
+        found[key.strip()] = _scalar(text.strip()) if typed else text.strip()
+    return found
+
+
+def _scalar(text: str) -> int | float | bool | str:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool | str) else text
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def _convert(path: tuple[str, ...], field: FieldInfo, value: Any, origin: str) -> Any:
+    try:
+        return msgspec.convert(value, field.type)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{'.'.join(path)}: {value!r} is not {_expected(field.type)} (from {origin})") from error
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+    values[path[-1]] = value
+
+
+def _build(cls: type[C], values: dict[str, Any]) -> C:
+    built = dict(values)
+    for field in fields(cls):
+        kind = _plain(field.type)
+        if field.name in built and isinstance(kind, type) and issubclass(kind, Struct):
+            built[field.name] = _build(kind, built[field.name])
+    return cls(**built)
+
+
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    options = list(known)
+    near = difflib.get_close_matches(name.split(": ")[-1], options, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(options)}"
+    return ConfigError(f"unknown setting {name}{hint}")
+
+
+def _leaves(cls: type[Struct], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    for field in fields(cls):
+        kind = _plain(field.type)
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            yield from _leaves(kind, (*at, field.name))
+        else:
+            yield (*at, field.name), field
+
+
+# --- annotations ---------------------------------------------------------------------------------------------------
+
+
+def _unwrap(annotation: Any) -> tuple[Any, list[Meta]]:
+    """The type under `Annotated`, and its metas, outermost first."""
+    metas: list[Meta] = []
+    while get_origin(annotation) is Annotated:
+        annotation, *extras = get_args(annotation)
+        metas = [*reversed([extra for extra in extras if isinstance(extra, Meta)]), *metas]
+    return annotation, metas
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    inner, _ = _unwrap(annotation)
+    return get_args(inner) if get_origin(inner) in (Union, UnionType) else (inner,)
+
+
+def _plain(annotation: Any) -> Any:
+    """The type itself, without metadata and without "or None"."""
+    kinds = [option for option in _options(annotation) if option is not NoneType]
+    return _unwrap(kinds[0])[0] if len(kinds) == 1 else kinds
+
+
+def _meta(annotation: Any, name: str) -> Any:
+    for option in (annotation, *_options(annotation)):
+        for meta in _unwrap(option)[1]:
+            if (value := getattr(meta, name)) is not None:
+                return value
+    return None
+
+
+def _is_collection(kind: Any) -> bool:
+    return get_origin(kind) in (tuple, dict)
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _expected(annotation: Any) -> str:
+    """What a value must be, in words."""
+    kind, extra = _plain(annotation), _meta(annotation, "extra")
+    if extra is not None:
+        words = str(extra["expected"])
+    elif get_origin(kind) is Literal:
+        words = "one of " + ", ".join(map(str, get_args(kind)))
+    elif get_origin(kind) is tuple:
+        inner = _expected(get_args(kind)[0])
+        words = f"a list in which each is {inner}"
+    elif get_origin(kind) is dict:
+        words = "a table of names and values"
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+        if _meta(annotation, "min_length"):
+            words = "text that is not empty"
+    limits = [
+        (_meta(annotation, name), word) for name, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"))
+    ]
+    told = " and ".join(f"{word} {limit}" for limit, word in limits if limit is not None)
+    return f"{words}, {told}" if told else words
+
+
+def _group(parser: argparse.ArgumentParser, title: str) -> Any:
+    named = f"{title} executor"
+    # argparse offers no public look-up of a group by its title.
+    for group in parser._action_groups:
+        if group.title == named:
+            return group
+    return parser.add_argument_group(named)

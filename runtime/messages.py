@@ -112,8 +112,8 @@ class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
 class StartGenerate(Message, tag="start_generate"):
     """Match the prompt, prefill from `begin`, and stream tokens. Replies: `Part(Tokens)…`, then `Reply(Generated)`.
 
-    `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the random
-    stream and usage continue from there. Budgets are seconds that remain when the message is sent:
+    `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the
+    random stream and usage continue from there. Budgets are seconds that remain when the message is sent:
     `admit_by` until it starts to run, `first_token_by` until its first token.
     """
 
