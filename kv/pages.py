@@ -1,0 +1,226 @@
+"""Page accounting: every page of the pool is in exactly one state, and free pages are handed out as runs.
+
+    FREE ── allocate ──▶ OWNED ── into the tree ──▶ CACHED ── evicted ──▶ FREE
+      ▲                    │                          │
+      └────── freed ───────┘                          └── (a copy that the tree already has: OWNED ▶ FREE)
+    FREE ── leased ──▶ LEASED ──▶ FREE | OWNED | CACHED | QUARANTINED ──▶ FREE
+
+free + owned + cached + leased + quarantined == total, always. Pure: page numbers only, no tensor, no clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PageArray = npt.NDArray[np.int32]
+
+
+class IntegrityError(Exception):
+    """The accounting of pages is broken, or a caller used what it does not hold: a bug, never a user's mistake."""
+
+
+class PageState(IntEnum):
+    """Where a page is."""
+
+    FREE = 0
+    """May be allocated."""
+    OWNED = 1
+    """Belongs to a running request, or is named by a step that has not retired."""
+    CACHED = 2
+    """Belongs to the prefix tree."""
+    LEASED = 3
+    """Awaits KV from another engine."""
+    QUARANTINED = 4
+    """A transfer into it may still be under way; nobody may use it."""
+
+
+_ALLOWED = frozenset(
+    {
+        (PageState.FREE, PageState.OWNED),
+        (PageState.FREE, PageState.LEASED),
+        (PageState.OWNED, PageState.FREE),
+        (PageState.OWNED, PageState.CACHED),
+        (PageState.CACHED, PageState.FREE),
+        (PageState.LEASED, PageState.FREE),
+        (PageState.LEASED, PageState.OWNED),
+        (PageState.LEASED, PageState.CACHED),
+        (PageState.LEASED, PageState.QUARANTINED),
+        (PageState.QUARANTINED, PageState.FREE),
+    }
+)
+
+EMPTY: PageArray = np.empty(0, dtype=np.int32)
+EMPTY.flags.writeable = False
+
+
+class PageAllocator:
+    """States and counts of `total` pages, numbered from 0."""
+
+    def __init__(self, total: int) -> None:
+        if total < 1:
+            raise ValueError(f"a pool needs at least one page, not {total}")
+        self.total = total
+        self._states = np.zeros(total, dtype=np.uint8)
+        self._counts = [0] * len(PageState)
+        self._counts[PageState.FREE] = total
+        self._runs = FreeRuns()
+        self._runs.add(0, total)
+
+    def count(self, state: PageState) -> int:
+        """Pages in `state`."""
+        return self._counts[state]
+
+    def take(self, count: int, state: PageState) -> PageArray | None:
+        """`count` free pages, adjacent where possible, now in `state`; None, and no change, if too few are free."""
+        if count > self._counts[PageState.FREE]:
+            return None
+        if count == 0:
+            return EMPTY
+        if (PageState.FREE, state) not in _ALLOWED:
+            raise IntegrityError(f"pages cannot go from FREE to {state.name}")
+        pages = self._runs.take(count)
+        self._states[pages] = state
+        self._counts[PageState.FREE] -= count
+        self._counts[state] += count
+        return pages
+
+    def move(self, pages: PageArray, origin: PageState, target: PageState) -> None:
+        """Takes `pages` from one state to another. `IntegrityError`, and nothing changed, if any is not in `origin`."""
+        count = len(pages)
+        if count == 0:
+            return
+        if (origin, target) not in _ALLOWED or origin is PageState.FREE:
+            raise IntegrityError(f"pages cannot go from {origin.name} to {target.name} by move()")
+        if (self._states[pages] != origin).any():
+            wrong = {int(p): PageState(int(self._states[p])).name for p in pages if self._states[p] != origin}
+            raise IntegrityError(f"pages that should be {origin.name}: {wrong}")
+        ordered = np.sort(pages) if count > 1 else pages
+        if count > 1 and (ordered[1:] == ordered[:-1]).any():
+            raise IntegrityError(f"a page is named twice: {ordered.tolist()}")
+        self._states[pages] = target
+        self._counts[origin] -= count
+        self._counts[target] += count
+        if target is PageState.FREE:
+            for start, length in _runs_of(ordered):
+                self._runs.add(start, length)
+
+    def state_of(self, page: int) -> PageState:
+        """The state of one page."""
+        return PageState(int(self._states[page]))
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` if counts, states and free runs do not agree."""
+        found = np.bincount(self._states, minlength=len(PageState)).tolist()
+        if found != self._counts:
+            raise IntegrityError(f"pages by state are {found}, counted as {self._counts}")
+        if sum(self._counts) != self.total:
+            raise IntegrityError(f"states add up to {sum(self._counts)} pages of {self.total}")
+        self._runs.check_integrity()
+        free = np.zeros(self.total, dtype=bool)
+        for start, length in self._runs.runs():
+            if free[start : start + length].any():
+                raise IntegrityError(f"free run {start}+{length} overlaps another")
+            free[start : start + length] = True
+        if not np.array_equal(free, self._states == PageState.FREE):
+            raise IntegrityError("free runs and page states disagree")
+
+
+class FreeRuns:
+    """Runs of adjacent free pages, merged when they touch, found by size. A few dictionary operations a call."""
+
+    def __init__(self) -> None:
+        self._length_at: dict[int, int] = {}
+        self._start_before: dict[int, int] = {}  # end (exclusive) -> start
+        self._by_size: list[dict[int, None]] = []  # by bit length of the run's length; oldest first
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Every run as (start, length)."""
+        return list(self._length_at.items())
+
+    def add(self, start: int, length: int) -> None:
+        """Adds a run, merging it with the runs that it touches."""
+        following = self._length_at.get(start + length)
+        if following is not None:
+            self._remove(start + length, following)
+            length += following
+        before = self._start_before.get(start)
+        if before is not None:
+            extra = self._length_at[before]
+            self._remove(before, extra)
+            start, length = before, length + extra
+        self._insert(start, length)
+
+    def take(self, count: int) -> PageArray:
+        """`count` pages, of which there are enough. One run if any is surely long enough, else the longest first."""
+        parts: list[PageArray] = []
+        while count:
+            start, length = self._choose(count)
+            used = min(count, length)
+            self._remove(start, length)
+            if used < length:
+                self._insert(start + used, length - used)
+            parts.append(np.arange(start, start + used, dtype=np.int32))
+            count -= used
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _choose(self, count: int) -> tuple[int, int]:
+        """A run of at least `count` from the smallest class that surely has one; else the longest class's oldest."""
+        buckets = self._by_size
+        needed = count.bit_length()
+        if needed < len(buckets):
+            for start in buckets[needed]:  # its own class may hold runs that are too short
+                length = self._length_at[start]
+                if length >= count:
+                    return start, length
+                break
+            for size in range(needed + 1, len(buckets)):
+                for start in buckets[size]:
+                    return start, self._length_at[start]
+        for size in range(min(needed, len(buckets) - 1), -1, -1):
+            for start in buckets[size]:
+                return start, self._length_at[start]
+        raise IntegrityError("the free count promised pages that no run has")
+
+    def _insert(self, start: int, length: int) -> None:
+        size = length.bit_length()
+        while len(self._by_size) <= size:
+            self._by_size.append({})
+        self._by_size[size][start] = None
+        self._length_at[start] = length
+        self._start_before[start + length] = start
+
+    def _remove(self, start: int, length: int) -> None:
+        del self._by_size[length.bit_length()][start]
+        del self._length_at[start]
+        del self._start_before[start + length]
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` if the three indexes disagree."""
+        ends = {start + length: start for start, length in self._length_at.items()}
+        if ends != self._start_before:
+            raise IntegrityError("free runs by start and by end disagree")
+        sized = {start for bucket in self._by_size for start in bucket}
+        if sized != set(self._length_at):
+            raise IntegrityError("free runs by size and by start disagree")
+        for end in ends:
+            if end in self._length_at:
+                raise IntegrityError(f"free runs that touch at page {end} were not merged")
+
+
+def _runs_of(ordered: PageArray) -> Iterable[tuple[int, int]]:
+    """The runs in ascending page numbers, as (start, length)."""
+    if len(ordered) == 1:
+        yield int(ordered[0]), 1
+        return
+    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+    edges = [0, *breaks.tolist(), len(ordered)]
+    for low, high in itertools.pairwise(edges):
+        yield int(ordered[low]), high - low
