@@ -1,0 +1,99 @@
+"""The one decoder: every supported architecture is this program with other switches.
+
+Weights are merged where a step would otherwise run several small products: query, key and value are one matrix, and so
+are gate and up. The same module serves the CPU and a GPU; `Kernels` and `Attention` are what differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from microserve.engine.model.config import DecoderConfig
+    from microserve.engine.model.kernels import Attention, Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. Matrices are [out, in], as in `torch.nn.functional.linear`."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    """[(heads + 2 * kv_heads) * head_dim, hidden]: queries, keys, values."""
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    """[2 * intermediate, hidden]: gate, up."""
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """The whole model. `head` is `embedding` itself where the checkpoint ties them."""
+
+    embedding: Tensor
+    layers: Sequence[LayerWeights]
+    norm: Tensor
+    head: Tensor
+
+
+class Decoder:
+    """Token ids and positions in, hidden states out; `logits` for the rows that are sampled."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, kernels: Kernels, *, max_context: int) -> None:
+        self.config = config
+        self.weights = weights
+        self._kernels = kernels
+        self._cos, self._sin = _rotary_tables(config, max_context, weights.embedding)
+        self._query_heads = config.heads
+        self._split = (config.heads + config.kv_heads, config.kv_heads)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [tokens, hidden], before the last norm, of `tokens` at `positions` (both int64 [tokens])."""
+        config, kernels = self.config, self._kernels
+        eps, heads, head_dim = config.norm_eps, config.heads, config.head_dim
+        cos, sin = self._cos[positions], self._sin[positions]
+        hidden = functional.embedding(tokens, self.weights.embedding)
+        count = tokens.shape[0]
+        for index, layer in enumerate(self.weights.layers):
+            normed = kernels.rms_norm(hidden, layer.input_norm, eps)
+            qkv = functional.linear(normed, layer.qkv, layer.qkv_bias).view(count, -1, head_dim)
+            turned, value = torch.split(qkv, self._split, dim=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query = kernels.rms_norm(turned[:, :heads], layer.query_norm, eps)
+                key = kernels.rms_norm(turned[:, heads:], layer.key_norm, eps)
+                turned = torch.cat((query, key), dim=1)
+            turned = kernels.rotate(turned, cos, sin)
+            attended = attention.attend(index, turned[:, :heads], turned[:, heads:], value)
+            hidden = hidden + functional.linear(attended, layer.output, layer.output_bias)
+            normed = kernels.rms_norm(hidden, layer.mlp_norm, eps)
+            wide = kernels.silu_and_mul(functional.linear(normed, layer.gate_up, layer.gate_up_bias))
+            hidden = hidden + functional.linear(wide, layer.down, layer.down_bias)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [rows, vocab] of hidden states [rows, hidden]."""
+        normed = self._kernels.rms_norm(hidden, self.weights.norm, self.config.norm_eps)
+        return functional.linear(normed, self.weights.head).float()
+
+
+def _rotary_tables(config: DecoderConfig, max_context: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_context, 1, head_dim], in the model's dtype on its device; computed in float32."""
+    frequencies = torch.tensor(config.inverse_frequencies(), dtype=torch.float32)
+    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), frequencies)
+    both = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return both.cos().to(like), both.sin().to(like)
