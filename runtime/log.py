@@ -2,7 +2,7 @@
 
 log = get_logger(__name__)
 log.info("engine joined", engine="a", epoch=1)
-log.warning("malformed frame", every=5.0, peer=peer)     # at most one line in five seconds; the next says how many it stands for
+log.warning("malformed frame", every=5.0, peer=peer)  # at most one line in five seconds
 """
 
 from __future__ import annotations

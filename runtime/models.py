@@ -49,12 +49,13 @@ def _cache_root() -> Path:
 
 
 def _random_demo(cache: Path) -> Path:
-    folder = cache / "demo-random"
+    # By the bundled model's name: the folder's name is what requests call it.
+    folder = cache / "random" / DEMO
     if (folder / "config.json").is_file():
         return folder
     # Made beside its place and renamed: engines that start together never see half of it.
-    partial = cache / f"demo-random.{os.getpid()}"
-    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / "random" / f"{DEMO}.{os.getpid()}"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "microserve.engine.model.random_checkpoint", str(partial), "--arch", "llama"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:

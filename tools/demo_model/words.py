@@ -145,12 +145,12 @@ OPPOSITES: tuple[tuple[str, str], ...] = (
     ("brave", "afraid"),
     ("wide", "narrow"),
     ("deep", "shallow"),
-    ("heavy", "weightless"),
+    ("heavy", "light"),
     ("cheap", "expensive"),
     ("safe", "dangerous"),
     ("same", "different"),
     ("smooth", "rough"),
-    ("tall", "tiny"),
+    ("tall", "short"),
     ("asleep", "awake"),
 )
 

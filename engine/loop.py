@@ -1,0 +1,173 @@
+"""The step thread: commands in, steps through the executor, one list of outputs a step out.
+
+    drain the inbox → schedule → launch step n → collect step n - 1 (depth 2) or n (depth 1) → hand the outputs over
+
+Everything behind the inbox belongs to this thread: scheduler, cache, executor. It waits only when there is nothing to
+do, for a command or the nearest deadline. `submit`, `abort`, `ask`, `start`, `stop` and `load` are for other threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, TypeVar
+
+from microserve.runtime.clock import monotonic
+from microserve.runtime.errors import InternalError, MicroserveError
+from microserve.runtime.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microserve.engine.executor import Executor
+    from microserve.engine.request import Request
+    from microserve.engine.scheduler import Output, Scheduler
+    from microserve.runtime.clock import Clock
+    from microserve.runtime.messages import Load
+
+T = TypeVar("T")
+
+_SNAPSHOT_INTERVAL = 0.05
+"""Seconds that a load snapshot may be old while steps run."""
+_RETRY_WAIT = 0.05
+"""Seconds between attempts while requests wait for pages that no step here will free (pinned or leased ones)."""
+
+
+class StepLoop:
+    """Runs a scheduler against an executor.
+
+    Through `post` (`loop.call_soon_threadsafe`), on the other thread: `deliver` is given the outputs of a step, once for each step that has any;
+    `crashed` the exception that ended the loop, if one does, once.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        post: Callable[..., object],
+        deliver: Callable[[list[Output]], None],
+        crashed: Callable[[BaseException], None],
+        clock: Clock = monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._post = post
+        self._deliver = deliver
+        self._crashed = crashed
+        self._clock = clock
+        self._log = get_logger(__name__)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._launched: deque[int] = deque()
+        """Steps launched and not collected, oldest first."""
+        self._load = scheduler.load()
+        self._load_at = clock()
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> Load:
+        """The load as of the last snapshot: at most a step and a twentieth of a second old."""
+        return self._load
+
+    def start(self) -> None:
+        """Starts the thread. Call once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its current step, closes the executor and waits for both. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Hands over `request`; its outputs, a refusal included, come through `deliver`."""
+        self._command(lambda: self._submit(request))
+
+    def abort(self, request: Request) -> None:
+        """Ends `request` at the next step boundary. Nothing more is delivered for it from there."""
+        self._command(lambda: self._abort(request))
+
+    def ask(self, function: Callable[[], T], done: Callable[[T], None]) -> None:
+        """Runs `function` at a step boundary, in the step thread, and posts its result to `done`."""
+        self._command(lambda: self._ask(function, done))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    # --- in the step thread ------------------------------------------------------------------------------------------
+
+    def turn(self) -> bool:
+        """One round: commands, at most one step launched and one collected, outputs. Whether there was a step."""
+        self._wake.clear()
+        while self._inbox:
+            self._inbox.popleft()()
+        stepped = self._step()
+        if outputs := self._scheduler.take_outputs():
+            self._post(self._deliver, outputs)
+        now = self._clock()
+        if not stepped or now - self._load_at >= _SNAPSHOT_INTERVAL:
+            self._load = self._scheduler.load()
+            self._load_at = now
+        return stepped
+
+    def _step(self) -> bool:
+        scheduler = self._scheduler
+        plan = scheduler.schedule(self._clock())
+        if plan is not None:
+            try:
+                self._executor.launch(plan)
+            except Exception as error:  # whatever a device or a library raises: fatal for this step's requests alone
+                self._failed(plan.step, error)
+            else:
+                self._launched.append(plan.step)
+        if self._launched and (plan is None or len(self._launched) >= self._executor.depth):
+            step = self._launched.popleft()
+            try:
+                result = self._executor.collect()
+            except Exception as error:  # as above
+                self._failed(step, error)
+            else:
+                scheduler.complete(result, self._clock())
+            return True
+        return plan is not None
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._log.exception("step failed", every=1.0, step=step, error=repr(error))
+        self._scheduler.fail(step, InternalError(f"the engine could not compute a step: {error}"))
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self._scheduler.submit(request, self._clock())
+        except MicroserveError as error:
+            self._scheduler.refuse(request, error)
+
+    def _abort(self, request: Request) -> None:
+        self._scheduler.abort(request)
+
+    def _ask(self, function: Callable[[], T], done: Callable[[T], None]) -> None:
+        self._post(done, function())
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.turn():
+                    self._wait()
+        except BaseException as error:
+            # A bug in the loop itself: its state cannot be trusted any more, so the process has to end.
+            self._log.exception("the step thread died", error=repr(error))
+            self._post(self._crashed, error)
+        finally:
+            self._executor.close()
+
+    def _wait(self) -> None:
+        timeout = None if self._scheduler.idle else _RETRY_WAIT
+        if (deadline := self._scheduler.next_deadline()) is not None:
+            until = max(0.0, deadline - self._clock())
+            timeout = until if timeout is None else min(timeout, until)
+        self._wake.wait(timeout)

@@ -1,0 +1,649 @@
+"""What the next step computes: continuous batching over a paged prefix cache. Pure: no torch, no sockets, no clock.
+
+The caller alternates `schedule` and `complete`, one to one and in order; with an executor of depth 2, `schedule` of
+step n + 1 comes before `complete` of step n. Tokens, endings and errors gather in `take_outputs`.
+
+A step holds one token of every decoding request, then chunks of prompts. Every decoding request gets its token in
+every step, because `Limits` makes the token budget larger than the number of requests. When a decoding request finds
+no page, the one that arrived last is preempted: its complete pages go to the prefix tree, and it recomputes later
+what has been evicted by then.
+
+With a step in flight its tokens are not known yet. So a request may end one step after its last slice was launched:
+the extra token is dropped, and its pages stay its own until no launched step names them.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec import Struct
+
+from microserve.engine.plan import SequenceStart, Slice, StepPlan
+from microserve.engine.request import ADMITTED, FINAL, NEVER, Request, State
+from microserve.engine.sharing import share
+from microserve.engine.waiting import Budget, Deadlines, WaitingLine
+from microserve.kv.pages import IntegrityError
+from microserve.runtime.errors import (
+    Busy,
+    ConfigError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InternalError,
+    MicroserveError,
+)
+from microserve.runtime.messages import Generated, Load, Tokens, Usage
+
+if TYPE_CHECKING:
+    from microserve.engine.plan import Sampled, StepResult
+    from microserve.kv.cache import KvCache
+
+MAX_DEPTH = 2
+"""Launched, uncompleted steps: a slice without tokens refers to the one step before it."""
+
+_FEW_PREFILLS = 8
+"""Prompts that are admitted though the budget is spoken for, so that a short one is not behind every long one."""
+_LOOKAHEAD = 16
+"""Requests that wait for another's prefix and may be passed, per step."""
+_RETRY_STEPS = 16
+"""Steps after which a request that found no pages looks again, even if no page came back."""
+_FIRST_PACE = 0.05
+"""Seconds between endings, until there is a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine takes on. `prefill_chunk` bounds one request's share of a step; None leaves it to the budget."""
+
+    max_running: int
+    max_waiting: int
+    step_tokens: int
+    max_context: int
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_tokens <= self.max_running:
+            raise ConfigError(
+                f"step_tokens ({self.step_tokens}) must be larger than max_running ({self.max_running}): "
+                "every running request gets a token in every step, and prompts need the rest"
+            )
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}")
+
+
+class Output(Struct, frozen=True):
+    """Something to tell the caller of `request`; a final one is the last."""
+
+    request: Request
+    body: Tokens | Generated | MicroserveError
+    final: bool
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A launched step: its plan, the requests that decode in it, and those that prefill, both in the plan's order."""
+
+    plan: StepPlan
+    decoding: list[Request]
+    prefilling: list[Request]
+
+
+class _Admission(enum.Enum):
+    ADMITTED = enum.auto()
+    DEFERRED = enum.auto()
+    """Another request computes its prefix right now."""
+    NO_PAGES = enum.auto()
+
+
+class Scheduler:
+    """Owns every request between `submit` and its terminal output, and every page that they hold."""
+
+    def __init__(self, cache: KvCache, limits: Limits, *, eos_token_ids: tuple[int, ...] = ()) -> None:
+        self.cache = cache
+        self.limits = limits
+        self._eos = eos_token_ids
+        self._page_size = cache.page_size
+        self._ids = itertools.count(1)
+        self._live: dict[int, Request] = {}
+        """Every request that is not final, or still named by a launched step."""
+        self._waiting = WaitingLine()
+        self._prefilling: dict[int, Request] = {}
+        self._decoding: dict[int, Request] = {}
+        self._deadlines = Deadlines(self._live)
+        self._flights: deque[_Flight] = deque()
+        self._unretired: deque[int] = deque()
+        self._done: set[int] = set()
+        """Steps that are over, while an older one is not."""
+        self._returning: deque[tuple[int, int]] = deque()
+        """(step, pages): what was let go and comes back when that step retires."""
+        self._forgotten: list[int] = []
+        self._outputs: list[Output] = []
+        self._builders: dict[tuple[int, bytes], Request] = {}
+        """Prefilling requests, by where their uncached part begins and its first page."""
+        self._blocked_at: int | None = None
+        """Pages that were available when the head of the line did not fit."""
+        self._blocked_steps = 0
+        self._steps = 0
+        self._counts: Counter[str] = Counter()
+        self._pace = _FIRST_PACE
+        self._last_end: float | None = None
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens, prompt and output together, that one request can have: the model's limit, or the pool's."""
+        # The last token is never an input, so it needs no place in the pool.
+        return min(self.limits.max_context, self.cache.total_pages * self._page_size + 1)
+
+    @property
+    def running(self) -> int:
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps scheduled and not completed."""
+        return len(self._flights)
+
+    @property
+    def idle(self) -> bool:
+        """No request is live and no step is in flight."""
+        return not self._live and not self._flights
+
+    def check_prompt(self, length: int) -> None:
+        """Raises `ContextLengthExceeded` when a prompt of `length` tokens can never be served. Safe from any thread."""
+        if length + 1 > self.max_context:
+            raise ContextLengthExceeded(
+                f"the prompt has {length} tokens; at most {self.max_context - 1} fit beside one token of output",
+                param="prompt",
+            )
+
+    def retry_after(self) -> float:
+        """Seconds until a place is likely: the recent pace of endings times the line."""
+        return min(30.0, max(0.1, self._pace * (self._waiting.new + 1)))
+
+    def submit(self, request: Request, now: float) -> None:
+        """Takes a new request. Raises `ContextLengthExceeded` or `Busy`, which change nothing."""
+        self.check_prompt(request.known)
+        places = max(0, self.limits.max_running - self.running)
+        if len(self._waiting) >= self.limits.max_waiting + places:
+            raise Busy(f"{self._waiting.new} requests wait already", retry_after=self.retry_after())
+        request.id = next(self._ids)
+        sampling = request.sampling
+        request.stops = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos))
+        request.end = min(request.prompt_length + sampling.max_tokens, self.max_context)
+        self._live[request.id] = request
+        if request.known >= request.end:
+            # All the output that was asked for was generated elsewhere.
+            self._finish(request, "length", now)
+            return
+        self._waiting.add(request)
+        self._deadlines.watch(request)
+
+    def refuse(self, request: Request, error: MicroserveError) -> None:
+        """Ends a request that `submit` did not take."""
+        self._fail(request, error)
+
+    def abort(self, request: Request) -> bool:
+        """Ends `request` without an output; its pages come back when no launched step names them. Whether it was
+        alive.
+        """
+        if request.final:
+            return False
+        self._end(request, State.ABORTED)
+        return True
+
+    def take_outputs(self) -> list[Output]:
+        """What there is to tell since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def next_deadline(self) -> float | None:
+        """When `schedule` should be called even if nothing else happens."""
+        return self._deadlines.next()
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute until a step completes or a request arrives."""
+        if len(self._flights) >= MAX_DEPTH:
+            raise InternalError(f"{len(self._flights)} steps are in flight already")
+        self._expire(now)
+        fed = self._grow(now)
+        slices: list[Slice] = []
+        decoding: list[Request] = []
+        for request in self._decoding.values():
+            start = request.scheduled
+            if start >= request.end - 1 or start == request.page_capacity:
+                continue  # Its last token is in flight, or it waits for a page.
+            # Built with positional arguments: this loop is the cost of a step.
+            slices.append(
+                Slice(
+                    request.id,
+                    request.history[start : start + 1] if start < request.known else None,
+                    start,
+                    request.pages,
+                    True,
+                    start + 1 - request.prompt_length,
+                )
+            )
+            request.scheduled = start + 1
+            request.in_flight += 1
+            decoding.append(request)
+        budget = self.limits.step_tokens - len(slices)
+        if fed:
+            # Whoever is admitted takes pages that a starved decode waits for.
+            self._admit_waiting(budget)
+        prefilling, started = self._plan_prefills(slices, budget)
+        if not slices:
+            return None
+        self._steps += 1
+        step = self.cache.begin_step()
+        plan = StepPlan(step, tuple(slices), tuple(started), tuple(self._forgotten))
+        self._unretired.append(step)
+        self._forgotten.clear()
+        self._flights.append(_Flight(plan, decoding, prefilling))
+        return plan
+
+    def complete(self, result: StepResult, now: float) -> None:
+        """Takes the result of the oldest step in flight."""
+        flight = self._flights[0]
+        slices = flight.plan.slices
+        wanted = len(flight.decoding) + sum(part.sample for part in slices[len(flight.decoding) :])
+        if result.step != flight.plan.step or len(result.sampled) != wanted:
+            self.fail(flight.plan.step, InternalError(f"the executor answered step {flight.plan.step} with another"))
+            return
+        self._flights.popleft()
+        self._retire(flight.plan.step)
+        self._counts["generated"] += wanted
+        send, decode = self._outputs.append, State.DECODE
+        for request, sampled in zip(flight.decoding, result.sampled, strict=False):
+            request.in_flight -= 1
+            state, token, known = request.state, sampled.token, request.known
+            if (
+                state is decode
+                and token not in request.stops
+                and known + 1 != request.end
+                and known < request.room
+                and sampled.sequence == request.id
+                and sampled.logprobs is None
+            ):
+                # `_deliver` for nearly every token, without its calls: this loop is the other cost of a step.
+                request.computed += 1
+                request.history[known] = token
+                request.known = known + 1
+                send(Output(request, Tokens(ids=token.to_bytes(4, "little")), False))
+            elif state in FINAL:
+                self._counts["generated"] -= 1
+                self._settle(request)
+            else:
+                request.computed += 1
+                self._deliver(request, sampled, now)
+        samples = iter(result.sampled[len(flight.decoding) :])
+        for request, part in zip(flight.prefilling, slices[len(flight.decoding) :], strict=True):
+            request.in_flight -= 1
+            if request.state in FINAL:
+                if part.sample:
+                    next(samples)
+                    self._counts["generated"] -= 1
+                self._settle(request)
+                continue
+            request.computed = part.start + part.length
+            if request.computed >= request.insert_at:
+                self._insert(request)
+            if part.sample:
+                self._deliver(request, next(samples), now)
+            if request.state is State.PREEMPTED:
+                self._settle(request)
+
+    def fail(self, step: int, error: MicroserveError) -> None:
+        """The executor could not compute `step`: its requests fail with `error`, and the KV that it wrote is not
+        kept.
+        """
+        flight = next(flight for flight in self._flights if flight.plan.step == step)
+        self._flights.remove(flight)
+        self._retire(step)
+        # The executor may not have got as far as to forget; to forget twice does no harm.
+        self._forgotten.extend(flight.plan.forgotten)
+        for request in itertools.chain(flight.decoding, flight.prefilling):
+            request.in_flight -= 1
+            request.computed = 0
+            if request.final:
+                self._settle(request)
+            else:
+                self._fail(request, error)
+
+    def _retire(self, step: int) -> None:
+        """`step` touches no page any more. The cache is told in order: a step may fail while an older one runs."""
+        self._done.add(step)
+        while self._unretired and self._unretired[0] in self._done:
+            step = self._unretired.popleft()
+            self._done.discard(step)
+            self.cache.retire_step(step)
+            while self._returning and self._returning[0][0] <= step:
+                self._returning.popleft()
+
+    def _deliver(self, request: Request, sampled: Sampled, now: float) -> None:
+        token = sampled.token
+        known = request.known
+        if sampled.sequence != request.id:
+            self._fail(request, InternalError(f"the executor sampled {sampled.sequence} in place of {request.id}"))
+        elif token in request.stops and known >= request.min_known:
+            self._finish(request, "stop", now, stop_token=token)
+        else:
+            request.append(token)
+            ids = token.to_bytes(4, "little")
+            logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+            self._outputs.append(Output(request, Tokens(ids=ids, logprobs=logprobs), False))
+            if known + 1 == request.end:
+                self._finish(request, "length", now)
+            elif request.state is State.PREEMPTED:
+                self._settle(request)
+
+    # --- decoding --------------------------------------------------------------------------------------------------
+
+    def _grow(self, now: float) -> bool:
+        """A page for every decoding request whose next position needs one. False: there were not enough."""
+        needy = [
+            request
+            for request in self._decoding.values()
+            if request.scheduled == request.page_capacity and request.scheduled < request.end - 1
+        ]
+        if not needy:
+            return True
+        pages = self.cache.allocate(len(needy))
+        if pages is not None:
+            for request, page in zip(needy, pages.tolist(), strict=True):
+                request.add_page(page, self._page_size)
+            return True
+        # Pages that come back when the steps in flight retire: nobody is preempted for as many.
+        coming = self._pages_coming()
+        for request in sorted(needy, key=lambda request: request.id):
+            while request.state is State.DECODE:
+                if (page_array := self.cache.allocate(1)) is not None:
+                    request.add_page(int(page_array[0]), self._page_size)
+                    break
+                if coming > 0:
+                    coming -= 1
+                    break
+                if self.running == 1:
+                    if not self._flights:
+                        # Nothing is left to take: it has the pool for itself, except for what is pinned or leased.
+                        self._finish(request, "length", now)
+                    break
+                victim = max(
+                    itertools.chain(self._prefilling.values(), self._decoding.values()), key=lambda other: other.id
+                )
+                held = victim.page_count
+                self._preempt(victim)
+                if self._flights and victim is not request:
+                    coming += held
+        return False
+
+    def _pages_coming(self) -> int:
+        """Pages that return when the steps in flight retire."""
+        if not self._flights:
+            return 0
+        leaving = sum(request.page_count for request in self._live.values() if request.state not in ADMITTED)
+        return leaving + sum(pages for _, pages in self._returning)
+
+    def _preempt(self, victim: Request) -> None:
+        self._counts["preemptions"] += 1
+        self._prefilling.pop(victim.id, None)
+        self._decoding.pop(victim.id, None)
+        victim.move(State.PREEMPTED)
+        self._settle(victim)
+        self._waiting.add(victim)
+
+    # --- prefill ---------------------------------------------------------------------------------------------------
+
+    def _plan_prefills(self, slices: list[Slice], budget: int) -> tuple[list[Request], list[SequenceStart]]:
+        prefilling: list[Request] = []
+        started: list[SequenceStart] = []
+        shares = share(self._prefilling.values(), budget, self._steps, self.limits.prefill_chunk)
+        for identity, tokens in shares.items():
+            request = self._prefilling[identity]
+            start = request.scheduled
+            end = start + tokens
+            last = end == request.known
+            part = request.history[start:end]
+            pages = request.pages[: -(-end // self._page_size)]
+            slices.append(Slice(identity, part, start, pages, last, end - request.prompt_length if last else 0))
+            if not request.introduced:
+                request.introduced = True
+                started.append(self._start(request))
+            request.scheduled = end
+            request.in_flight += 1
+            request.progressed = self._steps
+            prefilling.append(request)
+            self._counts["prefilled"] += tokens
+            if last:
+                request.move(State.DECODE)
+                self._decoding[identity] = self._prefilling.pop(identity)
+        return prefilling, started
+
+    def _start(self, request: Request) -> SequenceStart:
+        history = request.history[: request.known]
+        return SequenceStart(request.id, history, request.prompt_length, request.sampling, request.seed, self._eos)
+
+    # --- admission -------------------------------------------------------------------------------------------------
+
+    def _admit_waiting(self, budget: int) -> None:
+        """Admits from the head of the line. Only those who wait for a prefix are passed: whoever needs pages is next."""
+        if not self._waiting:
+            return
+        places = self.limits.max_running - self.running
+        backlog = sum(request.remaining for request in self._prefilling.values())
+        for request in self._waiting.first(places + _LOOKAHEAD) if places > 0 else ():
+            crowded = len(self._prefilling) >= _FEW_PREFILLS and backlog >= budget
+            if places == 0 or crowded or request.in_flight:
+                break
+            if self._defers(request):
+                continue
+            if self._blocked() or (outcome := self._admit(request)) is _Admission.NO_PAGES:
+                break
+            if outcome is _Admission.ADMITTED:
+                places -= 1
+                backlog += request.remaining
+
+    def _blocked(self) -> bool:
+        """Whether looking for pages again would be in vain: a look-up costs more, the longer the prompt."""
+        if self._blocked_at is None or not self.running:
+            return False
+        self._blocked_steps += 1
+        if self._blocked_steps < _RETRY_STEPS and self.cache.available() <= self._blocked_at:
+            return True
+        self._blocked_at = None
+        return False
+
+    def _admit(self, request: Request) -> _Admission:
+        known, size = request.known, self._page_size
+        # At least the last token is computed: its logits choose the next one.
+        lock = self.cache.acquire(request.history[:known], known - 1)
+        cached = lock.length
+        key = (cached, request.history[cached : cached + size].tobytes())
+        if (owner := self._builders.get(key)) is not None and self._defer(request, owner, cached):
+            self.cache.release(lock)
+            return _Admission.DEFERRED
+        needed = -(-known // size) - len(lock.pages)
+        # Every running request may need a page soon; without that reserve, the newcomer would be preempted at once.
+        pages = self.cache.allocate(needed) if self.cache.available() >= needed + self.running else None
+        if pages is None:
+            self.cache.release(lock)
+            self._blocked_at = self.cache.available()
+            self._blocked_steps = 0
+            return _Admission.NO_PAGES
+        self._blocked_at = None
+        self._waiting.discard(request)
+        request.move(State.PREFILL)
+        request.hold(lock, pages, size, -(-(request.end - 1) // size))
+        request.insert_at = known
+        request.progressed = self._steps
+        if request.cached is None:
+            request.cached = min(cached, request.prompt_length)
+            self._counts["hit"] += cached
+            self._counts["lookup"] += known
+        self._prefilling[request.id] = request
+        request.builds = key
+        self._builders[key] = request
+        return _Admission.ADMITTED
+
+    def _defer(self, request: Request, owner: Request, cached: int) -> bool:
+        """Whether `request` should wait for `owner`, which computes at least half of what `request` needs."""
+        length = min(owner.known, request.known - 1)
+        differ = np.flatnonzero(owner.history[:length] != request.history[:length])
+        common = int(differ[0]) if len(differ) else length
+        common -= common % self._page_size
+        if 2 * (common - cached) < request.known - cached:
+            return False
+        request.waits_for = (owner, common)
+        return self._defers(request)
+
+    def _defers(self, request: Request) -> bool:
+        """Whether what `request` waits for is still on its way."""
+        if request.waits_for is None:
+            return False
+        owner, until = request.waits_for
+        if owner.state in ADMITTED and owner.shared_pages * self._page_size < until and owner.insert_at != NEVER:
+            owner.insert_at = min(owner.insert_at, until)
+            return True
+        request.waits_for = None
+        return False
+
+    # --- pages -----------------------------------------------------------------------------------------------------
+
+    def _insert(self, request: Request) -> None:
+        """Complete pages with complete KV enter the prefix tree."""
+        whole = min(request.computed, request.known) // self._page_size
+        if request.lock is not None and whole > request.shared_pages:
+            tokens = request.history[: whole * self._page_size]
+            request.share(self.cache.insert(tokens, request.pages[:whole], request.lock))
+        prefilled = request.computed >= request.known or request.generated > 0 or request.state not in ADMITTED
+        request.insert_at = NEVER if prefilled else request.known
+        if prefilled and request.builds is not None:
+            if self._builders.get(request.builds) is request:
+                del self._builders[request.builds]
+            request.builds = None
+
+    def _settle(self, request: Request) -> None:
+        """Lets go of the pages of a request that no longer runs, once no launched step names them."""
+        if request.in_flight:
+            return
+        if request.lock is not None:
+            self._insert(request)
+            if self._unretired:
+                self._returning.append((self._unretired[-1], request.page_count))
+            self.cache.free(request.pages[request.shared_pages :])
+            self.cache.release(request.lock)
+            if request.introduced:
+                self._forgotten.append(request.id)
+            request.let_go()
+        if request.final:
+            self._live.pop(request.id, None)
+
+    # --- endings ---------------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        for request, budget in self._deadlines.expired(now):
+            if request.final:
+                continue
+            if budget is Budget.WHOLE:
+                self._fail(request, DeadlineExceeded("the request's time is over", param=budget.value))
+            elif budget is Budget.ADMIT and request.state is State.WAITING:
+                self._fail(request, Busy("no room in time", param=budget.value, retry_after=self.retry_after()))
+            elif budget is Budget.FIRST_TOKEN and request.generated == 0:
+                self._fail(request, DeadlineExceeded("no first token in time", param=budget.value))
+
+    def _finish(self, request: Request, reason: str, now: float, *, stop_token: int | None = None) -> None:
+        """The normal end. The token that stopped it is counted, and not part of the output."""
+        completion = request.known - request.prompt_length + (stop_token is not None)
+        usage = Usage(
+            prompt_tokens=request.prompt_length, completion_tokens=completion, cached_tokens=request.cached or 0
+        )
+        body = Generated(finish_reason=reason, usage=usage, stop_token=stop_token)
+        self._outputs.append(Output(request, body, True))
+        self._counts["finished"] += 1
+        if self._last_end is not None:
+            self._pace += 0.1 * (now - self._last_end - self._pace)
+        self._last_end = now
+        self._end(request, State.FINISHED)
+
+    def _fail(self, request: Request, error: MicroserveError) -> None:
+        self._outputs.append(Output(request, error, True))
+        self._counts["failed"] += 1
+        self._end(request, State.FAILED)
+
+    def _end(self, request: Request, state: State) -> None:
+        self._waiting.discard(request)
+        self._prefilling.pop(request.id, None)
+        self._decoding.pop(request.id, None)
+        self._blocked_at = None
+        request.move(state)
+        request.waits_for = None
+        self._settle(request)
+
+    # --- what is seen from outside -----------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """A snapshot. Walks the line, so not for every step."""
+        pages = self.cache.statistics()
+        queued = self._waiting.tokens() + sum(request.remaining for request in self._prefilling.values())
+        return Load(
+            running=self.running,
+            waiting=len(self._waiting),
+            queued_tokens=queued,
+            free_pages=pages.free,
+            owned_pages=pages.owned,
+            cached_pages=pages.cached,
+            leased_pages=pages.leased,
+            quarantined_pages=pages.quarantined,
+            total_pages=self.cache.total_pages,
+            generated_tokens=self._counts["generated"],
+            prefilled_tokens=self._counts["prefilled"],
+            prefix_hit_tokens=self._counts["hit"],
+            prefix_lookup_tokens=self._counts["lookup"],
+            preemptions=self._counts["preemptions"],
+            steps=self._steps,
+        )
+
+    def statistics(self) -> dict[str, float]:
+        """Counters and gauges by name."""
+        names = ("finished", "failed", "generated", "prefilled", "hit", "lookup", "preemptions")
+        values: dict[str, float] = {f"scheduler_{name}": float(self._counts[name]) for name in names}
+        values["scheduler_steps"] = float(self._steps)
+        values["scheduler_live"] = float(len(self._live))
+        values["scheduler_in_flight"] = float(len(self._flights))
+        return values
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` when a page has two owners or none, or a request is not where its state says."""
+        self.cache.check_integrity()
+        places = {State.PREFILL: self._prefilling, State.DECODE: self._decoding}
+        owned: list[int] = []
+        for request in self._live.values():
+            for state, place in places.items():
+                if (request.id in place) is not (request.state is state):
+                    raise IntegrityError(f"request {request.id} is {request.state.value}, and not where that belongs")
+            if (request in self._waiting) is not (request.state in (State.WAITING, State.PREEMPTED)):
+                raise IntegrityError(f"request {request.id} is {request.state.value}, which is wrong for the line")
+            named = sum(request in [*flight.decoding, *flight.prefilling] for flight in self._flights)
+            if named != request.in_flight:
+                raise IntegrityError(f"request {request.id}: {named} steps name it, and it counts {request.in_flight}")
+            if request.final and not request.in_flight:
+                raise IntegrityError(f"request {request.id} is {request.state.value} and still held")
+            if request.state in ADMITTED and not request.computed <= request.scheduled <= request.page_capacity:
+                raise IntegrityError(f"request {request.id} computes beyond its {request.page_capacity} positions")
+            owned.extend(request.pages[request.shared_pages :].tolist())
+        lost = self._prefilling.keys() | self._decoding.keys()
+        if lost := lost - self._live.keys():
+            raise IntegrityError(f"requests {sorted(lost)} run and are not live")
+        if len(set(owned)) != len(owned):
+            raise IntegrityError("a page belongs to two requests")
+        counted = self.cache.statistics().owned
+        # With a step in flight, pages that were let go count as owned until it has retired.
+        if len(owned) > counted or (len(owned) < counted and not self._unretired):
+            raise IntegrityError(f"requests own {len(owned)} pages; the cache counts {counted}")

@@ -1,0 +1,100 @@
+"""Who waits for a place: preempted requests first, then new ones, both in order of arrival; and whose time runs out
+when.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import heapq
+import itertools
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from microserve.engine.request import State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from microserve.engine.request import Request
+
+
+class WaitingLine:
+    """The line in front of the engine. Adding, removing and looking at the head cost the same however long it is."""
+
+    def __init__(self) -> None:
+        self._preempted: list[Request] = []
+        """Sorted by arrival. Each of them arrived before every new request that it must not lose its turn to."""
+        self._new: OrderedDict[int, Request] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._preempted) + len(self._new)
+
+    @property
+    def new(self) -> int:
+        """How many have never run."""
+        return len(self._new)
+
+    def add(self, request: Request) -> None:
+        """At its place: the end, or among the preempted."""
+        if request.state is State.PREEMPTED:
+            bisect.insort(self._preempted, request, key=lambda other: other.id)
+        else:
+            self._new[request.id] = request
+
+    def discard(self, request: Request) -> None:
+        """Takes `request` out, if it is in line."""
+        if self._new.pop(request.id, None) is None and request in self._preempted:
+            self._preempted.remove(request)
+
+    def first(self, count: int) -> list[Request]:
+        """The `count` next in line."""
+        return list(itertools.islice(itertools.chain(self._preempted, self._new.values()), count))
+
+    def __contains__(self, request: Request) -> bool:
+        return request.id in self._new or request in self._preempted
+
+    def tokens(self) -> int:
+        """Tokens known of all who wait."""
+        return sum(request.known for request in itertools.chain(self._preempted, self._new.values()))
+
+
+class Budget(enum.Enum):
+    """Which budget a deadline belongs to."""
+
+    ADMIT = "admit_by"
+    FIRST_TOKEN = "first_token_by"
+    WHOLE = "deadline"
+
+
+class Deadlines:
+    """Deadlines of live requests, soonest first. An entry of a request that has ended is dropped when it comes up."""
+
+    def __init__(self, live: Mapping[int, Request]) -> None:
+        self._live = live
+        self._heap: list[tuple[float, int, str]] = []
+
+    def watch(self, request: Request) -> None:
+        """Adds the deadlines that `request` has."""
+        for budget in Budget:
+            at: float | None = getattr(request, budget.value)
+            if at is not None:
+                heapq.heappush(self._heap, (at, request.id, budget.value))
+        if len(self._heap) > 64 + 4 * len(self._live):
+            self._heap = [entry for entry in self._heap if entry[1] in self._live]
+            heapq.heapify(self._heap)
+
+    def expired(self, now: float) -> list[tuple[Request, Budget]]:
+        """Takes out those whose time is over."""
+        found = []
+        while self._heap and self._heap[0][0] <= now:
+            _, identity, budget = heapq.heappop(self._heap)
+            if (request := self._live.get(identity)) is not None:
+                found.append((request, Budget(budget)))
+        return found
+
+    def next(self) -> float | None:
+        """When the next one is due."""
+        while self._heap and self._heap[0][1] not in self._live:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None

@@ -1,0 +1,418 @@
+"""Runs strategies and owns everything that they start.
+
+Each choice has a task for its strategy. Its sub-calls and load charges are registered here, and on every way out (end,
+error, cancel, client gone, deadline) they are cancelled and given back by posting, without waiting. So a strategy
+needs no `try`, leaks nothing, and whoever reads the choice never waits for a strategy that does not end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from microserve.router.handles import RunEngine, RunFleet
+from microserve.router.link import Charge
+from microserve.router.strategy import Chunk, Program, Request
+from microserve.runtime.clock import Clock, monotonic
+from microserve.runtime.codec import pack_tokens
+from microserve.runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    MicroserveError,
+    NoEngine,
+    PeerLost,
+    Unavailable,
+)
+from microserve.runtime.ids import IdSource
+from microserve.runtime.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+
+    from microserve.router.fleet import EngineFleet
+    from microserve.router.link import EngineLink
+    from microserve.runtime.messages import Generated, StartGenerate
+    from microserve.runtime.rpc import CallStream
+
+BLOCKED_SECONDS = 0.05
+"""A strategy that keeps the loop for longer is named in a warning."""
+
+LINGER_SECONDS = 5.0
+"""A strategy that is still there so long after it was cancelled is named in a warning."""
+
+_log = get_logger(__name__)
+
+
+class State(Enum):
+    """The life of a choice. It only moves downward."""
+
+    QUEUED = "queued"
+    """Waits for a place; nothing was started."""
+    RUNNING = "running"
+    """Its strategy runs."""
+    ENDED = "ended"
+    """Nothing of it is left at any engine. What was streamed may still wait to be read."""
+
+
+class Generation:
+    """One choice: an async iterator of `Chunk` that ends after the one with `finish`, or raises a `MicroserveError`.
+
+    Chunks that arrive while nobody reads are merged into one; a reader that stays more than `backlog` tokens behind
+    loses the choice. Whoever reads must `cancel` when it stops early (calling it later again is harmless).
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_calls",
+        "_charges",
+        "_complete",
+        "_dispatcher",
+        "_engines",
+        "_error",
+        "_held",
+        "_loop",
+        "_merged",
+        "_program",
+        "_task",
+        "_timer",
+        "_waiter",
+        "avoid",
+        "created_at",
+        "deadline",
+        "ended_at",
+        "finish",
+        "first_token_at",
+        "last_token_at",
+        "observe_gap",
+        "output_tokens",
+        "prompt_bytes",
+        "request",
+        "started_at",
+        "state",
+    )
+
+    def __init__(self, dispatcher: Dispatcher, request: Request, program: Program, timeout: float) -> None:
+        self.request = request
+        self.prompt_bytes = pack_tokens(request.prompt)
+        self.state = State.QUEUED
+        self.avoid: set[str] = set()
+        self.created_at = dispatcher.clock()
+        self.deadline = self.created_at + timeout
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self.ended_at: float | None = None
+        self.output_tokens = 0
+        self.finish: Generated | None = None
+        self.observe_gap: Callable[[float], None] = dispatcher.observer(request.model, program.version)
+        self._dispatcher = dispatcher
+        self._program = program
+        self._backlog = dispatcher.backlog
+        self._loop = dispatcher.loop
+        self._calls: list[CallStream] = []
+        self._charges: list[Charge] = []
+        self._engines: list[str] = []
+        self._task: asyncio.Task[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._held: Chunk | None = None
+        self._merged = False
+        self._complete = False
+        self._error: MicroserveError | None = None
+        self._timer = self._loop.call_later(timeout, self._expire, timeout)
+
+    # --- for whoever reads -----------------------------------------------------------------------------------------
+
+    @property
+    def request_id(self) -> str:
+        return self.request.id
+
+    @property
+    def strategy_version(self) -> str:
+        """The version that serves this choice, whatever is changed meanwhile."""
+        return self._program.version
+
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        """The engines that were asked to generate, in order; the last one decodes."""
+        return tuple(self._engines)
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The strategy's task, once it runs."""
+        return self._task
+
+    @property
+    def error(self) -> MicroserveError | None:
+        """Why it ended, unless it ended well or has not."""
+        return self._error
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while self._held is None:
+            if self._error is not None:
+                raise self._error
+            if self._complete:
+                raise StopAsyncIteration
+            if self._waiter is not None:
+                raise RuntimeError("a generation has one reader")
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        chunk, self._held = self._held, None
+        self._merged = False
+        return chunk
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: its work at the engines is freed within a step. No effect after the end."""
+        if not self._complete and self.state is not State.ENDED:
+            self._held = None
+            self._end(Cancelled("the request was cancelled by its caller"))
+
+    # --- for the dispatcher ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the strategy from now on."""
+        self.state = State.RUNNING
+        self.started_at = self._dispatcher.clock()
+        self._task = self._loop.create_task(self._run(), name=f"strategy {self.request.id}")
+
+    def refuse(self, error: MicroserveError) -> None:
+        """End it with `error`, from whatever state it is in."""
+        self._end(error)
+
+    def _expire(self, timeout: float) -> None:
+        self._end(DeadlineExceeded(f"the request was not complete within {timeout:g} s"))
+
+    def _end(self, error: MicroserveError | None) -> None:
+        """The one way out. Sub-calls first, so that engines stop; then the charges; then whoever reads."""
+        if self.state is State.ENDED:
+            return
+        self.state = State.ENDED
+        if not self._complete:
+            self._error = error
+        self.ended_at = self._dispatcher.clock()
+        self._let_go()
+        self._timer.cancel()
+        self._wake()
+        task = self._task
+        if task is not None and not task.done() and task is not asyncio.current_task(self._loop):
+            task.cancel()
+            self._loop.call_later(LINGER_SECONDS, self._lingers, task)
+        self._dispatcher.ended(self)
+
+    def _let_go(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        for charge in self._charges:
+            charge.release()
+        self._calls.clear()
+        self._charges.clear()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _lingers(self, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            _log.warning(
+                "strategy does not end after it was cancelled", every=5.0, strategy=self._name, request=self.request.id
+            )
+
+    @property
+    def _name(self) -> str:
+        return self._program.strategy.name
+
+    # --- the strategy's task ---------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            error = await self._attempt()
+            if error is not None and self._may_retry(error):
+                # Nothing was streamed, so the program can run again: where engines live, and not where it was refused.
+                self._let_go()
+                _log.info("request starts again", every=1.0, request=self.request.id, error=error.message)
+                again = await self._attempt()
+                error = error if isinstance(again, NoEngine) else again
+        except asyncio.CancelledError:
+            # Usually the choice has ended, and this is how its strategy is told. Else the strategy cancelled itself.
+            self._end(InternalError(f"strategy '{self._name}' was cancelled from within"))
+            raise
+        self._end(error)
+
+    def _may_retry(self, error: MicroserveError) -> bool:
+        if self.state is State.ENDED or self.first_token_at is not None or self._complete:
+            return False
+        return isinstance(error, PeerLost) or (isinstance(error, Unavailable) and bool(self.avoid))
+
+    async def _attempt(self) -> MicroserveError | None:
+        """Runs the program once. The error that it ended with."""
+        stream = self._program.start(self.request, RunFleet(self))
+        try:
+            await self._follow(stream)
+            if self._complete or self.state is State.ENDED:
+                return None
+            return InternalError(f"strategy '{self._name}' ended without a last chunk")
+        except MicroserveError as error:
+            return error
+        except (Exception, SystemExit) as error:  # a user's program may raise anything; it ends this request alone
+            _log.exception("strategy failed", every=1.0, strategy=self._name, request=self.request.id)
+            return InternalError(f"strategy '{self._name}' failed: {type(error).__name__}: {error}")
+        finally:
+            await self._close(stream)
+
+    async def _close(self, stream: AsyncGenerator[Chunk, None]) -> None:
+        try:
+            await stream.aclose()
+        except Exception:  # its `finally` clauses are a user's program too
+            _log.exception("strategy failed while it was closed", every=1.0, strategy=self._name)
+
+    @types.coroutine
+    def _follow(self, stream: AsyncGenerator[Chunk, None]) -> Generator[Any, Any, None]:
+        """Takes the strategy's chunks until it ends. Driven by hand, so that each stretch without an await is timed."""
+        clock = self._dispatcher.stopwatch
+        while self.state is not State.ENDED:
+            step = stream.__anext__()
+            thrown: BaseException | None = None
+            while True:
+                began = clock()
+                try:
+                    awaited = step.send(None) if thrown is None else step.throw(thrown)
+                except StopIteration as result:
+                    self._deliver(result.value)
+                    break
+                except StopAsyncIteration:
+                    return
+                finally:
+                    if clock() - began > BLOCKED_SECONDS:
+                        self._blocked(clock() - began)
+                thrown = None
+                try:
+                    yield awaited
+                except BaseException as error:  # whatever it is, the strategy is where it belongs
+                    thrown = error
+
+    def _blocked(self, seconds: float) -> None:
+        _log.warning(
+            "strategy blocks the event loop",
+            every=5.0,
+            strategy=self._name,
+            milliseconds=round(seconds * 1000),
+            request=self.request.id,
+        )
+
+    def _deliver(self, chunk: Chunk) -> None:
+        """Hands a chunk to whoever reads. The hot path: once per token of every stream."""
+        if type(chunk) is not Chunk:
+            raise InternalError(f"strategy '{self._name}' yielded a {type(chunk).__name__} instead of a Chunk")
+        if self.state is State.ENDED:
+            return
+        if self._complete:
+            raise InternalError(f"strategy '{self._name}' yielded a chunk after the last one")
+        count = len(chunk.tokens)
+        if count:
+            now = self._dispatcher.clock()
+            if self.first_token_at is None:
+                self.first_token_at = now
+                for charge in self._charges:
+                    charge.prefilled()
+            else:
+                self.observe_gap(now - self.last_token_at)
+            self.last_token_at = now
+            self.output_tokens += count
+        elif chunk.finish is None:
+            return
+        if chunk.finish is not None:
+            self._complete = True
+            self.finish = chunk.finish
+        if self._held is None:
+            self._held = chunk
+        elif not self._merge(chunk):
+            return
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _merge(self, chunk: Chunk) -> bool:
+        held = self._held
+        if held is None or not self._merged:
+            # The strategy may still hold on to what it yielded: what is merged into is ours.
+            held = Chunk(list(held.tokens), list(held.logprobs or ())) if held is not None else Chunk([], [])
+            self._held, self._merged = held, True
+        held.tokens += chunk.tokens
+        if chunk.logprobs is not None and held.logprobs is not None:
+            held.logprobs += chunk.logprobs
+        held.finish = chunk.finish
+        if len(held.tokens) > self._backlog and not self._complete:
+            self._held = None
+            self._end(Cancelled(f"the stream was not read: {len(held.tokens)} tokens were waiting"))
+            return False
+        return True
+
+    # --- what a strategy starts ------------------------------------------------------------------------------------
+
+    def pick(self, label: str | None) -> RunEngine:
+        self.check_open()
+        link = self._dispatcher.fleet.pick(self.request.model, label, avoid=self.avoid)
+        self._charges.append(Charge(link, len(self.request.prompt)))
+        return RunEngine(self, link)
+
+    def begin(self, link: EngineLink, body: StartGenerate) -> CallStream:
+        self.check_open()
+        client = link.client
+        if client is None:
+            raise PeerLost(f"the session with engine {link.id} is lost")
+        call = client.stream(body, budget=max(0.001, self.deadline - self._dispatcher.clock()))
+        self._calls.append(call)
+        if self._engines[-1:] != [link.id]:
+            self._engines.append(link.id)
+        return call
+
+    def next_sub_id(self) -> str:
+        return self._dispatcher.sub_ids.next()
+
+    def check_open(self) -> None:
+        """Raises `Cancelled` when the choice has ended: a strategy that goes on can start nothing."""
+        if self.state is State.ENDED:
+            raise Cancelled("the request has ended")
+
+    def candidates(self) -> list[str]:
+        return [link.id for link in self._dispatcher.fleet.candidates(self.request.model)]
+
+
+def _no_observer(_seconds: float) -> None:
+    """Used where nobody measures."""
+
+
+class Dispatcher:
+    """Makes generations. `ended` is called once for each, when nothing of it is left."""
+
+    def __init__(
+        self,
+        fleet: EngineFleet,
+        *,
+        ended: Callable[[Generation], None],
+        clock: Clock = monotonic,
+        backlog: int = 4096,
+        observer: Callable[[str, str], Callable[[float], None]] | None = None,
+    ) -> None:
+        """`observer(model, version)` returns what is told of every gap between chunks, in seconds."""
+        self.fleet = fleet
+        self.ended = ended
+        self.clock = clock
+        self.stopwatch: Clock = monotonic
+        self.backlog = backlog
+        self.loop = asyncio.get_running_loop()
+        self.sub_ids = IdSource("sub")
+        self.observer = observer if observer is not None else lambda _model, _version: _no_observer
+
+    def create(self, request: Request, program: Program, *, timeout: float) -> Generation:
+        """A choice that has not started yet."""
+        return Generation(self, request, program, timeout)

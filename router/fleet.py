@@ -1,0 +1,231 @@
+"""The router's view of the engines: who is there, a session to each, our charges on each, and who is least loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from microserve.router.link import EngineLink
+from microserve.runtime.clock import Clock, monotonic
+from microserve.runtime.errors import InternalError, MicroserveError, NoEngine, PeerLost
+from microserve.runtime.log import get_logger
+from microserve.runtime.membership import Change
+from microserve.runtime.messages import EngineInfo, FleetEngine, Load, ModelInfo
+from microserve.runtime.rpc import RpcClient, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from microserve.runtime.bus import Bus
+    from microserve.runtime.membership import RosterEvent
+
+Prepare = Callable[[ModelInfo], Awaitable[None]]
+
+_FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
+
+_log = get_logger(__name__)
+
+
+class EngineFleet:
+    """Every engine that the roster knows, by id. All of it runs on the event loop.
+
+    `prepare` is awaited once per engine before it can be picked (to load its model's tokenizer); `changed` is called
+    whenever the set of engines, or what can be picked, may have changed.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        prepare: Prepare | None = None,
+        clock: Clock = monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._bus = bus
+        self._prepare = prepare
+        self._clock = clock
+        self._pause = pause
+        self._links: dict[str, EngineLink] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._order = itertools.count(1)
+        self.changed: Callable[[], None] = lambda: None
+
+    # --- membership ------------------------------------------------------------------------------------------------
+
+    def apply(self, events: Iterable[RosterEvent]) -> None:
+        """Follow the roster."""
+        for event in events:
+            info, load, change = event.info, event.load, event.change
+            link = self._links.get(info.engine_id)
+            _log.info("engine " + change.value, engine=info.engine_id, epoch=info.epoch, model=info.model.name)
+            if change is Change.LEFT:
+                self.leave(info.engine_id)
+            elif change is Change.SILENT:
+                self.silence(info.engine_id)
+            elif change in (Change.JOINED, Change.RESTARTED) or link is None or link.info.endpoint != info.endpoint:
+                self.join(info, load)
+            else:
+                link.info = info
+                self.report(info.engine_id, load)
+
+    def join(self, info: EngineInfo, load: Load) -> None:
+        """A new engine, or a new incarnation of a known one; it can be picked once we have a session with it."""
+        self._drop(info.engine_id, "a new incarnation took its place")
+        link = EngineLink(info, load, self._clock())
+        self._links[info.engine_id] = link
+        link.task = asyncio.get_running_loop().create_task(self._keep(link), name=f"engine {info.engine_id}")
+        self.changed()
+
+    def report(self, engine_id: str, load: Load) -> None:
+        """An engine is alive and says how loaded it is."""
+        link = self._links.get(engine_id)
+        if link is not None:
+            other = link.silent or link.load.state != load.state
+            link.silent = False
+            link.report(load, self._clock())
+            if other:
+                self.changed()
+
+    def silence(self, engine_id: str) -> None:
+        """An engine has not been heard of for too long: nothing new goes there."""
+        link = self._links.get(engine_id)
+        if link is not None:
+            link.silent = True
+            self.changed()
+
+    def leave(self, engine_id: str) -> None:
+        """An engine is gone for good."""
+        self._drop(engine_id, "it left")
+        self.changed()
+
+    def _drop(self, engine_id: str, reason: str) -> None:
+        link = self._links.pop(engine_id, None)
+        if link is None or link.task is None:
+            return
+        task, client = link.task, link.client
+        task.cancel()
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        if client is not None:
+            client.close(reason)
+
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    async def _keep(self, link: EngineLink) -> None:
+        """Keeps a session with one engine for as long as it is in the fleet."""
+        if self._prepare is not None:
+            await self._prepare(link.info.model)
+        link.prepared = True
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                client = await self._dial(link.info)
+            except MicroserveError as error:
+                _log.warning("engine cannot be reached", every=5.0, engine=link.id, error=error.message)
+                await self._pause(delay)
+                delay = min(delay * 2, _LAST_DELAY)
+                continue
+            delay = _FIRST_DELAY
+            lost: asyncio.Future[MicroserveError] = asyncio.get_running_loop().create_future()
+            client.on_lost = functools.partial(_settle, lost)
+            if client.closed:
+                continue
+            link.client = client
+            _log.info("engine connected", engine=link.id, epoch=link.info.epoch, endpoint=link.info.endpoint)
+            self.changed()
+            try:
+                reason = await lost
+            finally:
+                link.client = None
+                client.close("the router lets go of this engine")
+            _log.warning("engine session lost", engine=link.id, error=reason.message)
+            self.changed()
+
+    async def _dial(self, info: EngineInfo) -> RpcClient:
+        client = await connect(self._bus, info.endpoint)
+        peer = client.session.peer
+        if (peer.name, peer.epoch) != (info.engine_id, info.epoch):
+            client.close("another process than was announced")
+            raise PeerLost(f"{info.endpoint} is {peer}, not engine {info.engine_id} of epoch {info.epoch:x}")
+        return client
+
+    # --- choice ----------------------------------------------------------------------------------------------------
+
+    def candidates(self, model: str) -> list[EngineLink]:
+        """The engines that can be picked for `model` now."""
+        return [link for link in self._links.values() if link.info.model.name == model and link.pickable]
+
+    def pick(self, model: str, label: str | None = None, *, avoid: Collection[str] = ()) -> EngineLink:
+        """The least loaded engine of `model` outside `avoid`; among equals the one picked longest ago.
+
+        Engines that carry `label` are preferred, and so are those that are not degraded. Raises `NoEngine`.
+        """
+        found = [link for link in self.candidates(model) if link.info.engine_id not in avoid]
+        if label is not None:
+            found = [link for link in found if link.carries(label)] or found
+        best: EngineLink | None = None
+        best_key = (False, 0.0, 0)
+        for link in found:
+            key = (link.load.state != "ready", link.work, link.picked)
+            if best is None or key < best_key:
+                best, best_key = link, key
+        if best is None:
+            raise NoEngine(f"no engine is there that could serve '{model}' now", retry_after=1.0)
+        best.picked = next(self._order)
+        return best
+
+    # --- view ------------------------------------------------------------------------------------------------------
+
+    @property
+    def links(self) -> list[EngineLink]:
+        return list(self._links.values())
+
+    def models(self) -> list[ModelInfo]:
+        """What can be served now, by served name, in the order in which the engines joined.
+
+        Engines that serve one name may differ in context: the shortest counts, as any of them may be picked.
+        """
+        found: dict[str, ModelInfo] = {}
+        for link in self._links.values():
+            if link.pickable:
+                model = link.info.model
+                known = found.get(model.name)
+                if known is None or model.max_context < known.max_context:
+                    found[model.name] = model
+        return list(found.values())
+
+    def snapshot(self) -> list[FleetEngine]:
+        """Every engine, with its load and our charges."""
+        now = self._clock()
+        return [
+            FleetEngine(
+                info=link.info,
+                load=link.load,
+                state=link.state,
+                charged=link.charged_requests,
+                last_seen=max(0.0, now - link.seen),
+            )
+            for link in self._links.values()
+        ]
+
+    def check_integrity(self) -> None:
+        """Raises `InternalError` when a charge was given back twice, or outlived the request that it stood for."""
+        for link in self._links.values():
+            requests, tokens = link.charged_requests, link.charged_tokens
+            if requests < 0 or tokens < 0 or (tokens and not requests):
+                raise InternalError(f"engine {link.id} is charged with {requests} requests and {tokens} tokens")
+
+    async def close(self) -> None:
+        """Lets go of every engine; returns when no task is left."""
+        for engine_id in list(self._links):
+            self._drop(engine_id, "the router stops")
+        if self._leaving:
+            await asyncio.gather(*self._leaving, return_exceptions=True)
+
+
+def _settle(lost: asyncio.Future[MicroserveError], error: MicroserveError) -> None:
+    if not lost.done():
+        lost.set_result(error)

@@ -1,0 +1,190 @@
+"""The router's figures, for Prometheus. Counting is cheap (a list entry); everything else is read when it is scraped.
+
+Times are seconds as the router sees them: TTFT from the request's arrival (tokenised) to its first token, ITL every gap
+between two deliveries of one stream, TPOT (JCT - TTFT) / (tokens - 1) per request, JCT from arrival to the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from prometheus_client import CollectorRegistry
+
+    from microserve.router.dispatch import Generation
+    from microserve.runtime.bus import BusStatistics
+    from microserve.runtime.messages import FleetEngine
+
+_FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+_PREFIX = "microserve_router_"
+_BUS_EVENTS = (
+    "sent",
+    "received",
+    "malformed",
+    "oversized",
+    "unknown_version",
+    "overflows",
+    "sequence_gaps",
+    "strays",
+)
+_STATES = ("ready", "degraded", "starting", "draining", "connecting", "silent")
+
+
+class Series:
+    """One histogram: counts by bucket, and their sum. For one thread."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by upper bound, as Prometheus wants them."""
+        names = [*map(str, self.bounds), "+Inf"]
+        return list(zip(names, map(float, itertools.accumulate(self.counts)), strict=True))
+
+
+class _Label:
+    """What is measured of the requests of one model under one version of a strategy."""
+
+    __slots__ = ("itl", "jct", "outcomes", "tokens_cached", "tokens_in", "tokens_out", "tpot", "ttft")
+
+    def __init__(self) -> None:
+        self.ttft, self.itl = Series(_SLOW), Series(_FAST)
+        self.tpot, self.jct = Series(_FAST), Series(_SLOW)
+        self.outcomes: Counter[str] = Counter()
+        self.tokens_in = self.tokens_out = self.tokens_cached = 0
+
+
+class RouterMetrics(Collector):
+    """Counts what happens at one router. Registered with the registry that it is given."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._labels: dict[tuple[str, str], _Label] = {}
+        self._refused: Counter[str] = Counter()
+        self.active: Callable[[], int] = lambda: 0
+        self.queued: Callable[[], int] = lambda: 0
+        self.engines: Callable[[], Iterable[FleetEngine]] = tuple
+        self.bus: Callable[[], BusStatistics] | None = None
+        """Asked when a scrape comes; set by who knows."""
+        registry.register(self)
+
+    # --- counting --------------------------------------------------------------------------------------------------
+
+    def gap_observer(self, model: str, version: str) -> Callable[[float], None]:
+        """What is told of every gap between two deliveries of a stream."""
+        return self._label(model, version).itl.observe
+
+    def ended(self, generation: Generation) -> None:
+        """A choice has ended."""
+        label = self._label(generation.request.model, generation.strategy_version)
+        error = generation.error
+        label.outcomes["ok" if error is None else error.code] += 1
+        label.tokens_in += len(generation.request.prompt)
+        label.tokens_out += generation.output_tokens
+        if generation.finish is not None:
+            label.tokens_cached += generation.finish.usage.cached_tokens
+        first = generation.first_token_at
+        if first is None:
+            return
+        label.ttft.observe(first - generation.created_at)
+        if error is None:
+            label.jct.observe(generation.last_token_at - generation.created_at)
+            if generation.output_tokens > 1:
+                label.tpot.observe((generation.last_token_at - first) / (generation.output_tokens - 1))
+
+    def refused(self, code: str) -> None:
+        """A choice was refused before anything started. The model's name is the caller's to invent: it is no label."""
+        self._refused[code] += 1
+
+    def _label(self, model: str, version: str) -> _Label:
+        key = (model, version)
+        label = self._labels.get(key)
+        if label is None:
+            label = self._labels[key] = _Label()
+        return label
+
+    @property
+    def requests(self) -> int:
+        """Choices that ended, well or not, and those refused."""
+        return sum(label.outcomes.total() for label in self._labels.values()) + self._refused.total()
+
+    # --- scraping --------------------------------------------------------------------------------------------------
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: so that registering does not ask for values that are not there yet."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._times()
+        yield from self._state()
+        if self.bus is not None:
+            yield _bus(self.bus())
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = _counter("requests", "Choices that ended, by outcome.", "model", "strategy", "outcome")
+        tokens = _counter("tokens", "Tokens of choices that ended.", "model", "strategy", "kind")
+        for (model, version), label in self._labels.items():
+            for outcome, count in label.outcomes.items():
+                requests.add_metric([model, version, outcome], count)
+            counts = {"prompt": label.tokens_in, "cached": label.tokens_cached, "output": label.tokens_out}
+            for kind, count in counts.items():
+                tokens.add_metric([model, version, kind], count)
+        refused = _counter("refused", "Choices refused before they started.", "reason")
+        for code, count in self._refused.items():
+            refused.add_metric([code], count)
+        yield from (requests, tokens, refused)
+
+    def _times(self) -> Iterator[Metric]:
+        for name, text in (
+            ("ttft", "Time to first token"),
+            ("itl", "Time between two deliveries of a stream"),
+            ("tpot", "Time per output token after the first"),
+            ("jct", "Time to the last token, of choices that ended well"),
+        ):
+            family = HistogramMetricFamily(f"{_PREFIX}{name}_seconds", f"{text}.", labels=["model", "strategy"])
+            for (model, version), label in self._labels.items():
+                series: Series = getattr(label, name)
+                family.add_metric([model, version], series.buckets(), series.total)
+            yield family
+
+    def _state(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(f"{_PREFIX}active", "Choices that run at engines.", value=self.active())
+        yield GaugeMetricFamily(f"{_PREFIX}queued", "Choices that wait for a place.", value=self.queued())
+        engines = list(self.engines())
+        states = GaugeMetricFamily(f"{_PREFIX}engines", "Engines by state.", labels=["state"])
+        counts = Counter(engine.state for engine in engines)
+        for state in dict.fromkeys((*_STATES, *counts)):
+            states.add_metric([state], counts[state])
+        charged = GaugeMetricFamily(f"{_PREFIX}engine_charged", "This router's choices on it.", labels=["engine"])
+        for engine in engines:
+            charged.add_metric([engine.info.engine_id], engine.charged)
+        yield from (states, charged)
+
+
+def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(_PREFIX + name, text, labels=labels)
+
+
+def _bus(statistics: BusStatistics) -> Metric:
+    family = _counter("bus", "What the bus counted.", "event")
+    for event in _BUS_EVENTS:
+        family.add_metric([event], getattr(statistics, event))
+    return family

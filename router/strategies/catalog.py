@@ -1,0 +1,138 @@
+"""Where strategies come from: built in, from entry points, and from a configured folder of Python files.
+
+A file that cannot be used is a `Problem` with its line; the others load all the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import traceback
+import types
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategy import Strategy
+from microserve.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+ENTRY_POINTS = "microserve.strategies"
+
+BUILT_IN: tuple[Strategy, ...] = (data_parallel,)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a source of strategies could not be used. `line` is 0 where it is not known."""
+
+    source: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}: {self.message}" if self.line else f"{self.source}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The strategies that can be chosen, by name, and what was wrong with those that cannot."""
+
+    strategies: Mapping[str, Strategy]
+    problems: tuple[Problem, ...] = ()
+
+    def get(self, name: str) -> Strategy:
+        """The strategy `name`. Raises `ConfigError` that says which there are, and what failed to load."""
+        found = self.strategies.get(name)
+        if found is not None:
+            return found
+        near = difflib.get_close_matches(name, self.strategies, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        broken = "".join(f"; {problem}" for problem in self.problems)
+        raise ConfigError(f"no strategy '{name}'; {hint}there are: {', '.join(sorted(self.strategies))}{broken}")
+
+
+def load_catalog(
+    folder: Path | None = None,
+    *,
+    built_in: Iterable[Strategy] = BUILT_IN,
+    entry_points: Iterable[metadata.EntryPoint] | None = None,
+) -> Catalog:
+    """Everything that can be found now. Later sources replace earlier ones of the same name: folder over entry point
+    over built in. Raises `ConfigError` only when `folder` itself cannot be read."""
+    strategies = {each.name: each for each in built_in}
+    problems: list[Problem] = []
+    for point in metadata.entry_points(group=ENTRY_POINTS) if entry_points is None else entry_points:
+        found = _from_entry_point(point)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            strategies[found.name] = found
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConfigError(f"strategy folder {folder} is not a folder")
+        for path in sorted(folder.glob("*.py")):
+            if path.name.startswith("_"):
+                continue
+            loaded = load_file(path)
+            if isinstance(loaded, Problem):
+                problems.append(loaded)
+            else:
+                strategies.update((each.name, each) for each in loaded)
+    return Catalog(strategies, tuple(problems))
+
+
+def load_file(path: Path) -> list[Strategy] | Problem:
+    """The strategies that a Python file defines (at least one), or what is wrong with it.
+
+    The file is run in a module of its own, so that a changed file can be loaded again beside the old version.
+    """
+    name = f"microserve_strategy_{path.stem}"
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+    except Exception as error:  # a user's file may raise anything; it is reported and the router goes on
+        return Problem(str(path), _line(error, str(path)), _describe(error))
+    except SystemExit as error:
+        return Problem(str(path), _line(error, str(path)), f"it calls exit({error.code!r})")
+    own = [value for value in vars(module).values() if isinstance(value, Strategy) and _defined_in(value, str(path))]
+    if not own:
+        return Problem(str(path), 0, "it defines no strategy (an async generator function under @strategy)")
+    # The whole file is the version's source: a strategy may call helpers that stand beside it.
+    return [replace(each, source=text) for each in own]
+
+
+def _from_entry_point(point: metadata.EntryPoint) -> Strategy | Problem:
+    source = f"entry point {point.name} = {point.value}"
+    try:
+        value = point.load()
+    except Exception as error:  # somebody else's package may raise anything; the router goes on
+        return Problem(source, 0, _describe(error))
+    if not isinstance(value, Strategy):
+        return Problem(source, 0, "it is not a strategy (an async generator function under @strategy)")
+    return value
+
+
+def _defined_in(value: Strategy, path: str) -> bool:
+    code = getattr(value.function, "__code__", None)
+    return code is not None and code.co_filename == path
+
+
+def _line(error: BaseException, path: str) -> int:
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno or 0
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return (frames[-1].lineno or 0) if frames else 0
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, ConfigError):
+        return error.message
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,179 @@
+"""The Python client of a router: `Client` here, without `await`; `AsyncClient` and the results in `async_client`.
+
+    with Client() as client:
+        print(client.generate("The capital of France is", max_tokens=8).text)
+        for delta in client.stream_chat([{"role": "user", "content": "Hello"}]):
+            print(delta.text, end="")
+
+Leaving a stream's loop cancels the request, and the engine's work with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+from microserve.runtime.async_client import DEFAULT_ENDPOINT, AsyncClient, AsyncStream, Completion, Delta, Options
+from microserve.runtime.errors import PeerLost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from types import TracebackType
+
+    from microserve.runtime.async_client import ChatInput, Prompt
+    from microserve.runtime.bus import Bus
+    from microserve.runtime.messages import ModelInfo, StatusReply
+
+__all__ = [
+    "DEFAULT_ENDPOINT",
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "Completion",
+    "Delta",
+    "Options",
+    "Stream",
+]
+
+T = TypeVar("T")
+
+
+class Stream:
+    """A streamed answer: an iterator of `Delta`.
+
+    Leaving the loop cancels the request when nothing else holds the stream; `close()`, or `with`, does in any case.
+    After the last delta, `completion` holds the whole answer.
+    """
+
+    def __init__(self, client: Client, stream: AsyncStream) -> None:
+        self._client = client
+        self._stream = stream
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, once the iteration has ended. Before that, raises `InvalidRequest`."""
+        return self._stream.completion
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Delta:
+        delta = self._client.run(_next(self._stream))
+        if delta is None:
+            raise StopIteration
+        return delta
+
+    def close(self) -> None:
+        """Cancel the request where it still runs. Idempotent."""
+        self._client.run(self._stream.aclose())
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """A client of one router for code without an event loop. Safe to use from several threads.
+
+    Owns a thread: use it as a context manager, or call `close`. See `AsyncClient` for what the calls do.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        connect_timeout: float = 5.0,
+        bus: Callable[[], Bus] | None = None,
+    ) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="microserve-client", daemon=True)
+        self._thread.start()
+
+        async def make() -> AsyncClient:
+            return AsyncClient(endpoint, connect_timeout=connect_timeout, bus=None if bus is None else bus())
+
+        self._client = self.run(make())
+
+    def __enter__(self) -> Client:
+        try:
+            self.run(self._client.connect())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session and the thread; requests that still run are cancelled. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self.run(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Continue a prompt: text, or token ids. Returns when the answer is complete."""
+        return self.run(self._client.generate(prompt, **options))
+
+    def chat(self, messages: ChatInput, **options: Unpack[Options]) -> Completion:
+        """The model's next message in a conversation, through its own chat template."""
+        return self.run(self._client.chat(messages, **options))
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """`generate`, streamed."""
+        return Stream(self, self._client.stream(prompt, **options))
+
+    def stream_chat(self, messages: ChatInput, **options: Unpack[Options]) -> Stream:
+        """`chat`, streamed."""
+        return Stream(self, self._client.stream_chat(messages, **options))
+
+    def models(self) -> list[ModelInfo]:
+        """The models that live engines serve."""
+        return self.run(self._client.models())
+
+    def status(self) -> StatusReply:
+        """The router, and the engines as it sees them."""
+        return self.run(self._client.status())
+
+    def tokenize(self, text: str, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text."""
+        return self.run(self._client.tokenize(text, model=model, add_special_tokens=add_special_tokens))
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """The text of token ids."""
+        return self.run(self._client.detokenize(token_ids, model=model))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the client's loop and wait for it. Ctrl-C while waiting cancels it."""
+        if self._loop.is_closed():
+            work.close()
+            raise PeerLost("the client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _shut(self) -> None:
+        await self._client.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
+
+
+async def _next(stream: AsyncStream) -> Delta | None:
+    return await anext(stream, None)

@@ -1,0 +1,501 @@
+"""The bus over ZeroMQ: ROUTER and DEALER for sessions, PUB and SUB for events; tcp, ipc and inproc.
+
+Only this module knows zmq.
+
+A ZMQ socket has one edge-triggered descriptor: it becomes readable when the socket's state *may* have changed, and any
+call on the socket may consume that. So after the descriptor fires the socket is read until it is empty, and after every
+send the state is looked at again. This costs less than half of what `zmq.asyncio` does.
+
+libzmq reconnects and buffers by itself, and loses messages silently when it must. Here a session has exactly one
+connection: monitors report a lost one within milliseconds and the session ends; what does not fit into libzmq's
+(short) queues waits in ours, which is bounded in bytes and fails loudly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import zmq
+
+from microserve.runtime.bus import BusStatistics
+from microserve.runtime.clock import monotonic
+from microserve.runtime.errors import ConfigError, MicroserveError, PeerLost, ProtocolError, VersionMismatch
+from microserve.runtime.frames import MAX_FRAME_BYTES, pack, unpack
+from microserve.runtime.ids import Peer
+from microserve.runtime.log import get_logger
+from microserve.runtime.messages import EngineEvent
+from microserve.runtime.session import LiveSession, SessionSettings
+from microserve.runtime.switchboard import Switchboard, dialling_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microserve.runtime.bus import SessionHandler
+    from microserve.runtime.clock import Clock
+
+_log = get_logger(__name__)
+
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+
+_FAIR_SHARE: Final = 256
+"""Messages read from one socket before the loop may do something else."""
+
+_DRAIN_ROUNDS: Final = 16
+"""Fair shares that a drain reads at most: more than the buffers of a peer hold, and still an end for busy listeners."""
+
+_HIGH_WATER: Final = 256
+"""Messages that libzmq buffers per connection and direction; more waits in our own queue, which counts bytes."""
+
+_LINGER_MS: Final = 250
+"""How long a goodbye may take to leave after a socket was closed on purpose."""
+
+_SETTLE: Final = 0.005
+"""Seconds between the news of a disconnect and acting on it: what had arrived before is delivered first."""
+
+_MONITOR_EVENT: Final = struct.Struct("=HI")
+
+
+class _Port:
+    """A ZMQ socket on the loop: calls `arrived(parts)` for every message, and `room()` when blocked frames may move."""
+
+    def __init__(self, socket: zmq.Socket[bytes], arrived: Callable[[list[bytes]], None]) -> None:
+        self.socket = socket
+        self.closed = False
+        self._arrived = arrived
+        self._events: Callable[[int], int] = socket.getsockopt  # type: ignore[assignment]
+        self._loop = asyncio.get_running_loop()
+        self._fd: int = socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._reading = False
+        self._scheduled = False
+        self.blocked: set[LiveSession] = set()
+        """Sessions whose frames found no room."""
+        self._loop.add_reader(self._fd, self._ready)
+        self.recheck()
+
+    def recheck(self) -> None:
+        """Looks at the socket again soon, if there is reason to: a call on it may have taken the descriptor's edge."""
+        if self._reading or self._scheduled or self.closed:
+            return
+        if self.blocked or self._events(_EVENTS) & _POLLIN:
+            self._scheduled = True
+            self._loop.call_soon(self._ready_again)
+
+    def _ready_again(self) -> None:
+        self._scheduled = False
+        self._ready()
+
+    def _ready(self) -> None:
+        if self._reading or self.closed:
+            return
+        self._reading = True
+        exhausted = False
+        try:
+            exhausted = self._read()
+        finally:
+            self._reading = False
+            if not exhausted and not self.closed and not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._ready_again)
+
+    def _read(self) -> bool:
+        """Reads and flushes until there is nothing to do (True) or others should have a turn (False)."""
+        socket = self.socket
+        for _ in range(_FAIR_SHARE):
+            if self._events(_EVENTS) & _POLLIN:
+                self._arrived(socket.recv_multipart(_NOBLOCK))
+            elif not self._flush():
+                return True
+            if self.closed:
+                return True
+        self._flush()
+        return False
+
+    def _flush(self) -> bool:
+        """Moves blocked frames; returns whether any moved (then the socket must be looked at again)."""
+        moved = False
+        for session in tuple(self.blocked):
+            moved |= session.flush()
+            if not session.queued_bytes:
+                self.blocked.discard(session)
+        return moved
+
+    def drain(self) -> None:
+        """Delivers what has arrived, now."""
+        for _ in range(_DRAIN_ROUNDS):
+            self._ready()
+            if self.closed or not self._scheduled:
+                return
+
+    def close(self, *, linger: int = 0) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._fd)
+        self.socket.close(linger)
+
+
+class _Monitor:
+    """Calls `disconnected()` when a connection of `port`'s socket has gone, after what it delivered has been read."""
+
+    def __init__(self, port: _Port, disconnected: Callable[[], None]) -> None:
+        self._watched = port
+        self._disconnected = disconnected
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._port = _Port(port.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), self._arrived)
+
+    def _arrived(self, parts: list[bytes]) -> None:
+        event, _value = _MONITOR_EVENT.unpack(parts[0])
+        if event == zmq.EVENT_DISCONNECTED and self._timer is None:
+            self._timer = self._loop.call_later(_SETTLE, self._settled)
+
+    def _settled(self) -> None:
+        self._timer = None
+        self._watched.drain()
+        self._disconnected()
+
+    def close(self) -> None:
+        """Must come before the watched socket is closed."""
+        if self._port.closed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._watched.socket.disable_monitor()
+        self._port.close()
+
+
+class _Dialled:
+    """The connection of one session that we dialled: a DEALER of its own. A `session.Channel`."""
+
+    def __init__(self, bus: ZmqBus, endpoint: str, handler: SessionHandler) -> None:
+        self._bus = bus
+        socket = bus.new_socket(zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, dialling_id(bus.me, bus.next_dial()))
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._send = socket.send
+        self._port = _Port(socket, self._arrived)
+        self._monitor = _Monitor(self._port, self._disconnected)
+        self.greeted: asyncio.Future[MicroserveError | None] = asyncio.get_running_loop().create_future()
+        unknown = Peer("listener", endpoint, 0)
+        self.session = LiveSession(unknown, handler, self, bus.settings, bus.counters, on_greeted=self._on_greeted)
+        try:
+            _allow_ipv6(socket, endpoint)
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._monitor.close()
+            self._port.close()
+            raise PeerLost(f"cannot dial {endpoint!r}: {error}") from error
+
+    def _on_greeted(self, error: MicroserveError | None) -> None:
+        if not self.greeted.done():
+            self.greeted.set_result(error)
+
+    def _arrived(self, parts: list[bytes]) -> None:
+        # A message of several frames is nothing of ours: as an empty frame it is counted and answered like any other.
+        self.session.receive(parts[0] if len(parts) == 1 else b"")
+
+    def _disconnected(self) -> None:
+        # libzmq would reconnect, perhaps to another incarnation; a session is never resumed.
+        self.session.end(PeerLost(f"the connection to {self.session.peer} broke"))
+
+    def drain(self) -> None:
+        self._port.drain()
+
+    def transmit(self, frame: bytes) -> bool:
+        try:
+            self._send(frame, _NOBLOCK)
+        except zmq.Again:
+            self._port.blocked.add(self.session)
+            return False
+        self._port.recheck()
+        return True
+
+    def release(self, session: LiveSession) -> None:
+        self._bus.forget_dialled(self)
+        self._monitor.close()
+        self._port.close(linger=_LINGER_MS)
+
+
+class _RouterChannel:
+    """The way to one peer through a listener's ROUTER. A `session.Channel`."""
+
+    __slots__ = ("_listener", "_routing_id", "_send")
+
+    def __init__(self, listener: ZmqListener, routing_id: bytes) -> None:
+        self._listener = listener
+        self._routing_id = routing_id
+        self._send = listener.port.socket.send
+
+    def transmit(self, frame: bytes) -> bool:
+        listener = self._listener
+        if listener.port.closed:
+            raise PeerLost("the listener is closed")
+        try:
+            self._send(self._routing_id, _NOBLOCK_MORE)
+            # The ROUTER has chosen the peer and found room, so this part cannot be refused.
+            self._send(frame, _NOBLOCK)
+        except zmq.Again:
+            listener.block(self._routing_id)
+            return False
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerLost("the connection is gone") from error
+            raise
+        listener.port.recheck()
+        return True
+
+    def release(self, session: LiveSession) -> None:
+        self._listener.port.blocked.discard(session)
+
+
+class ZmqListener:
+    """A ROUTER that is bound to `endpoint`. Implements `bus.Listener`."""
+
+    def __init__(self, bus: ZmqBus, endpoint: str, handler: SessionHandler) -> None:
+        self._bus = bus
+        socket = bus.new_socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.endpoint = _bind(socket, endpoint)
+        self.switchboard = Switchboard(
+            bus.me, handler, lambda routing_id: _RouterChannel(self, routing_id), bus.settings, bus.counters
+        )
+        self.port = _Port(socket, self._arrived)
+        self._monitor = _Monitor(self.port, self.switchboard.probe)
+
+    def _arrived(self, parts: list[bytes]) -> None:
+        self.switchboard.receive(parts[0], parts[1] if len(parts) == 2 else b"")
+
+    def block(self, routing_id: bytes) -> None:
+        """The peer's buffers are full."""
+        session = self.switchboard.session(routing_id)
+        if session is not None:
+            self.port.blocked.add(session)
+
+    def close(self) -> None:
+        if self.port.closed:
+            return
+        self._bus.forget_listener(self)
+        self.switchboard.close("the listener closes")
+        self._monitor.close()
+        # Closing happens in the background; the address is free from here on.
+        self.port.socket.unbind(self.endpoint)
+        self.port.close(linger=_LINGER_MS)
+
+
+class ZmqPublisher:
+    """A PUB that is bound to `endpoint`. Implements `bus.Publisher`."""
+
+    def __init__(self, bus: ZmqBus, endpoint: str) -> None:
+        self._bus = bus
+        self._socket = bus.new_socket(zmq.PUB)
+        self.endpoint = _bind(self._socket, endpoint)
+
+    def publish(self, event: EngineEvent) -> None:
+        # A PUB never blocks: it drops for subscribers that are too slow, and the event's `seq` shows them that.
+        self._socket.send(pack(event, event.seq), _NOBLOCK)
+        self._bus.counters.sent += 1
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._bus.forget_endpoint(self)
+            self._socket.unbind(self.endpoint)
+            self._socket.close(_LINGER_MS)
+
+
+class ZmqSubscription:
+    """A SUB that is connected to a publisher. Implements `bus.Subscription`."""
+
+    def __init__(self, bus: ZmqBus, endpoint: str, receive: Callable[[EngineEvent], None]) -> None:
+        self._bus = bus
+        self._receive = receive
+        socket = bus.new_socket(zmq.SUB)
+        try:
+            _allow_ipv6(socket, endpoint)
+            socket.setsockopt(zmq.SUBSCRIBE, b"")
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise PeerLost(f"cannot subscribe to {endpoint!r}: {error}") from error
+        self._port = _Port(socket, self._arrived)
+
+    def _arrived(self, parts: list[bytes]) -> None:
+        counters = self._bus.counters
+        try:
+            _seq, event = unpack(parts[0] if len(parts) == 1 else b"")
+            if not isinstance(event, EngineEvent):
+                raise ProtocolError(f"{type(event).__name__.lower()} is no event")
+        except VersionMismatch:
+            counters.unknown_version += 1
+            return
+        except ProtocolError as error:
+            counters.malformed += 1
+            _log.debug("dropped a published frame", why=error.message)
+            return
+        counters.received += 1
+        try:
+            self._receive(event)
+        except Exception:  # a receiver's bug must not take the bus down
+            _log.exception("receiver of events failed", engine=event.engine_id)
+
+    def close(self) -> None:
+        if not self._port.closed:
+            self._bus.forget_endpoint(self)
+            self._port.close()
+
+
+class ZmqBus:
+    """Implements `bus.Bus` over ZeroMQ. Make it, use it and close it on one running loop."""
+
+    def __init__(
+        self,
+        me: Peer,
+        *,
+        clock: Clock = monotonic,
+        heartbeat: float = 1.0,
+        silence: float = 3.0,
+        max_queue_bytes: int = MAX_FRAME_BYTES,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Times are seconds. `context` is shared by buses that talk over inproc, and stays its owner's to end."""
+        self.me = me
+        self.settings = SessionSettings(heartbeat, silence, max_queue_bytes, clock)
+        self.counters = BusStatistics()
+        self._context = zmq.Context() if context is None else context
+        self._owns_context = context is None
+        self._listeners: set[ZmqListener] = set()
+        self._dialled: set[_Dialled] = set()
+        self._endpoints: set[ZmqPublisher | ZmqSubscription] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._looked_at = 0.0
+        self._dials = 0
+        self._closed = False
+
+    async def listen(self, endpoint: str, handler: SessionHandler) -> ZmqListener:
+        listener = ZmqListener(self, endpoint, handler)
+        self._listeners.add(listener)
+        self._start_ticking()
+        return listener
+
+    async def dial(self, endpoint: str, handler: SessionHandler, *, timeout: float = 5.0) -> LiveSession:
+        connection = _Dialled(self, endpoint, handler)
+        session = connection.session
+        self._dialled.add(connection)
+        self._start_ticking()
+        try:
+            session.greet(self.me)
+            timeout_error = PeerLost(f"no answer from {endpoint} within {timeout:g} s")
+            timer = asyncio.get_running_loop().call_later(timeout, session.give_up, timeout_error)
+            try:
+                error = await connection.greeted
+            finally:
+                timer.cancel()
+        except BaseException:
+            session.close("the dial was given up")
+            raise
+        if error is not None:
+            raise error
+        return session
+
+    async def publisher(self, endpoint: str) -> ZmqPublisher:
+        publisher = ZmqPublisher(self, endpoint)
+        self._endpoints.add(publisher)
+        return publisher
+
+    async def subscribe(self, endpoint: str, receive: Callable[[EngineEvent], None]) -> ZmqSubscription:
+        subscription = ZmqSubscription(self, endpoint, receive)
+        self._endpoints.add(subscription)
+        return subscription
+
+    def statistics(self) -> BusStatistics:
+        return replace(self.counters)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for listener in tuple(self._listeners):
+            listener.close()
+        for connection in tuple(self._dialled):
+            connection.session.close("the process closes its bus")
+        for endpoint in tuple(self._endpoints):
+            endpoint.close()
+        if self._owns_context:
+            # Waits until the goodbyes have left, at most the linger time.
+            await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+    # --- for the parts above ---
+
+    def new_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """A socket with the options that all of ours have."""
+        if self._closed:
+            raise PeerLost("the bus is closed")
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
+        socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        return socket
+
+    def next_dial(self) -> int:
+        """Numbers the connections that this process dials."""
+        self._dials += 1
+        return self._dials
+
+    def forget_listener(self, listener: ZmqListener) -> None:
+        self._listeners.discard(listener)
+
+    def forget_dialled(self, connection: _Dialled) -> None:
+        self._dialled.discard(connection)
+
+    def forget_endpoint(self, endpoint: ZmqPublisher | ZmqSubscription) -> None:
+        self._endpoints.discard(endpoint)
+
+    # --- time ---
+
+    def _start_ticking(self) -> None:
+        if self._timer is None:
+            self._looked_at = self.settings.clock()
+            self._timer = asyncio.get_running_loop().call_later(self.settings.tick, self._tick)
+
+    def _tick(self) -> None:
+        # What arrived while we were busy counts as heard before anybody is called silent.
+        for listener in tuple(self._listeners):
+            listener.port.drain()
+        for connection in tuple(self._dialled):
+            connection.drain()
+        now = self.settings.clock()
+        stalled = max(0.0, now - self._looked_at - 2 * self.settings.tick)
+        self._looked_at = now
+        for listener in tuple(self._listeners):
+            listener.switchboard.tick(stalled)
+        for connection in tuple(self._dialled):
+            connection.session.tick(stalled)
+        self._timer = None
+        if self._listeners or self._dialled:
+            self._timer = asyncio.get_running_loop().call_later(self.settings.tick, self._tick)
+
+
+def _allow_ipv6(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
+    """Binds, and returns the resolved endpoint. Closes the socket and raises `ConfigError` when that is impossible."""
+    try:
+        _allow_ipv6(socket, endpoint)
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"cannot listen at {endpoint!r}: {error}") from error
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)

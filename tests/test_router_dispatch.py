@@ -1,0 +1,470 @@
+"""The dispatcher: every way out of a choice frees what its strategy started, and ends it exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.router_support import ScriptedEngine, World, ids_of, read
+from tests.virtual_time import run_virtual
+
+from microserve.router.dispatch import LINGER_SECONDS, State
+from microserve.router.strategy import Chunk, Fleet, Request, strategy
+from microserve.runtime.errors import (
+    Busy,
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidRequest,
+    MicroserveError,
+    PeerLost,
+)
+from microserve.runtime.messages import TokenLogprobs, Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+FREE = {"a": (0, 0)}
+
+
+def test_tokens_stream_and_the_last_chunk_says_why_it_ended() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate(max_tokens=3, temperature=0.0, request_id="r1")
+            await world.settle()
+            started = engine.started()
+            assert (started.request_id, started.sampling.max_tokens, started.begin) == ("r1", 3, 0)
+            assert world.charges() == {"a": (1, 3)}
+            await engine.tokens(7)
+            assert world.charges() == {"a": (1, 0)}
+            first = await anext(generation)
+            assert (first.tokens, first.finish) == ([7], None)
+            await engine.finish(8, 9)
+            last = await anext(generation)
+            assert last.tokens == [8, 9]
+            assert last.finish is not None
+            assert last.finish.finish_reason == "length"
+            with pytest.raises(StopAsyncIteration):
+                await anext(generation)
+            assert generation.engine_ids == ("a",)
+            assert generation.strategy_version.startswith("data_parallel@")
+            assert world.charges() == FREE
+            assert world.metric("requests_total", model="m", strategy=generation.strategy_version, outcome="ok") == 1
+
+    run_virtual(main())
+
+
+def test_a_backlog_is_read_as_one_chunk_with_every_logprob() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate(logprobs=0)
+            await world.settle()
+            for token in (1, 2, 3):
+                body = Tokens(ids=token.to_bytes(4, "little"), logprobs=[TokenLogprobs(-float(token))])
+                engine.calls[0].part(body)
+                await world.settle()
+            chunk = await anext(generation)
+            assert chunk.tokens == [1, 2, 3]
+            assert [entry.logprob for entry in chunk.logprobs or ()] == [-1.0, -2.0, -3.0]
+            await engine.tokens(4)
+            assert (await anext(generation)).tokens == [4]
+            generation.cancel()
+
+    run_virtual(main())
+
+
+def test_cancel_reaches_the_engine_and_gives_the_charge_back() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(5)
+            generation.cancel()
+            assert world.charges() == FREE
+            assert generation.state is State.ENDED
+            await world.settle()
+            assert [error.code for error in engine.cancelled] == ["cancelled"]
+            assert engine.open == []
+            generation.cancel()
+            with pytest.raises(Cancelled):
+                await anext(generation)
+            assert (
+                world.metric("requests_total", model="m", strategy=generation.strategy_version, outcome="cancelled")
+                == 1
+            )
+
+    run_virtual(main())
+
+
+def test_cancel_wakes_whoever_reads() -> None:
+    async def main() -> None:
+        async with World() as world:
+            await world.add("a")
+            generation = world.generate()
+            reading = asyncio.create_task(read(generation))
+            await world.settle()
+            generation.cancel()
+            with pytest.raises(Cancelled):
+                await reading
+
+    run_virtual(main())
+
+
+def test_a_reader_that_is_cancelled_can_read_on() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            reading = asyncio.create_task(anext(generation))
+            await world.settle()
+            reading.cancel()
+            await asyncio.wait([reading])
+            await engine.finish(6)
+            assert ids_of(await read(generation)) == [6]
+
+    run_virtual(main())
+
+
+def test_the_deadline_ends_it_wherever_it_is() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate(timeout=5.0)
+            await world.settle()
+            await engine.tokens(5)
+            assert (await anext(generation)).tokens == [5]
+            with pytest.raises(DeadlineExceeded, match="5 s"):
+                await anext(generation)
+            await world.settle()
+            assert engine.open == []
+            assert world.charges() == FREE
+
+    run_virtual(main())
+
+
+def test_a_reader_that_does_not_read_loses_the_stream() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            world.core._dispatcher.backlog = 10
+            other = world.generate()
+            await world.settle()
+            for _ in range(3):
+                await engine.tokens(*range(4), call=1)
+                await engine.tokens(*range(4), call=0)
+            with pytest.raises(Cancelled, match="12 tokens were waiting"):
+                await anext(other)
+            assert [call.done for call in engine.calls] == [False, True]
+            assert ids_of([await anext(generation)]) == [0, 1, 2, 3] * 3
+            generation.cancel()
+
+    run_virtual(main())
+
+
+def test_an_engine_lost_before_the_first_token_is_replaced() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            generation = world.generate(seed=4)
+            await world.settle()
+            assert (len(first.calls), len(second.calls)) == (1, 0)
+            await first.die()
+            assert second.started().sampling.seed == 4
+            assert second.started().sub_id != first.started().sub_id
+            await second.finish(1, 2)
+            assert ids_of(await read(generation)) == [1, 2]
+            assert generation.engine_ids == ("a", "b")
+            assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+
+    run_virtual(main())
+
+
+def test_an_engine_lost_after_the_first_token_is_one_error() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            generation = world.generate()
+            await world.settle()
+            await first.tokens(1)
+            await first.die()
+            assert (await anext(generation)).tokens == [1]
+            with pytest.raises(PeerLost):
+                await anext(generation)
+            assert second.calls == []
+            assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+
+    run_virtual(main())
+
+
+def test_an_engine_lost_with_nobody_to_take_over_is_the_first_error() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.die()
+            with pytest.raises(PeerLost):
+                await anext(generation)
+            assert world.charges() == FREE
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("refusal", [Busy("full", retry_after=2.0), Draining("going")])
+def test_an_engine_that_refuses_is_avoided_once(refusal: MicroserveError) -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            first.refuse_with = refusal
+            generation = world.generate()
+            await world.settle()
+            await second.finish(3)
+            assert ids_of(await read(generation)) == [3]
+            assert len(first.calls) == 1
+
+    run_virtual(main())
+
+
+def test_all_engines_refusing_is_the_engines_error() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            engine.refuse_with = Busy("full", retry_after=2.0)
+            with pytest.raises(Busy) as caught:
+                await anext(world.generate())
+            assert caught.value.retry_after == 2.0
+            assert len(engine.calls) == 1
+
+    run_virtual(main())
+
+
+def test_a_wrong_argument_is_not_tried_again() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            first.refuse_with = InvalidRequest("no", param="prompt")
+            with pytest.raises(InvalidRequest):
+                await anext(world.generate())
+            assert second.calls == []
+
+    run_virtual(main())
+
+
+# --- programs that are not as they should be ------------------------------------------------------------------------
+
+
+def run_program(function: Any, check: Callable[[World, ScriptedEngine], Awaitable[None]], *, left: int = 0) -> None:
+    async def main() -> None:
+        async with World(strategy(function).configure()) as world:
+            world.allow_tasks = left
+            engine = await world.add("a")
+            await check(world, engine)
+            await world.settle()
+            assert world.charges() == FREE
+            assert engine.open == []
+
+    run_virtual(main())
+
+
+def expect(kind: type[MicroserveError], match: str) -> Callable[[World, ScriptedEngine], Awaitable[None]]:
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        with pytest.raises(kind, match=match):
+            await read(world.generate())
+
+    return check
+
+
+def test_a_strategy_that_yields_nothing() -> None:
+    async def silent(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        fleet.pick()
+        return
+        yield
+
+    run_program(silent, expect(InternalError, "'silent' ended without a last chunk"))
+
+
+def test_a_strategy_that_raises() -> None:
+    async def broken(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        fleet.pick().start_generate()
+        yield Chunk([1])
+        raise KeyError("lost")
+
+    run_program(broken, expect(InternalError, "'broken' failed: KeyError: 'lost'"))
+
+
+def test_a_strategy_that_exits() -> None:
+    async def leaving(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        raise SystemExit(3)
+        yield
+
+    run_program(leaving, expect(InternalError, "'leaving' failed: SystemExit"))
+
+
+def test_a_strategy_that_cancels_itself() -> None:
+    async def confused(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        fleet.pick()
+        raise asyncio.CancelledError
+        yield
+
+    run_program(confused, expect(InternalError, "'confused' was cancelled from within"))
+
+
+def test_a_strategy_that_yields_something_else() -> None:
+    async def odd(request: Request, fleet: Fleet) -> AsyncIterator[Any]:
+        yield "text"
+
+    run_program(odd, expect(InternalError, "'odd' yielded a str instead of a Chunk"))
+
+
+def test_a_strategy_that_forgets_a_call_it_started() -> None:
+    async def forgetful(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        fleet.pick().start_generate()
+        async for chunk in fleet.pick().start_generate():
+            yield chunk
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        assert world.charges() == {"a": (2, 6)}
+        await engine.finish(1, call=1)
+        assert ids_of(await read(generation)) == [1]
+        await world.settle()
+        assert len(engine.cancelled) == 1
+
+    run_program(forgetful, check)
+
+
+def test_a_strategy_may_go_on_after_the_last_chunk() -> None:
+    done: list[bool] = []
+
+    async def tidy(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        async for chunk in fleet.pick().start_generate():
+            yield chunk
+        await asyncio.sleep(1.0)
+        done.append(True)
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        await engine.finish(1)
+        assert ids_of(await read(generation)) == [1]
+        generation.cancel()
+        assert generation.state is State.RUNNING
+        await world.core.wait_idle()
+        assert done == [True]
+
+    run_program(tidy, check)
+
+
+def test_a_strategy_that_yields_after_the_last_chunk_harms_nobody() -> None:
+    async def endless(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        async for chunk in fleet.pick().start_generate():
+            yield chunk
+        yield Chunk([99])
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        await engine.finish(1)
+        assert ids_of(await read(generation)) == [1]
+
+    run_program(endless, check)
+
+
+def test_a_strategy_that_handles_the_loss_itself() -> None:
+    async def careful(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in fleet.pick().start_generate():
+                yield chunk
+        except Busy:
+            async for chunk in fleet.pick().start_generate():
+                yield chunk
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        other = await world.add("b")
+        generation = world.generate()
+        await world.settle()
+        await engine.fail(Busy("no"))
+        await other.finish(2)
+        assert ids_of(await read(generation)) == [2]
+        world.core.leave("b", 1)
+
+    run_program(careful, check)
+
+
+def test_a_strategy_that_does_not_let_go_keeps_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    stop: list[bool] = []
+
+    async def stubborn(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        engine = fleet.pick()
+        engine.start_generate()
+        while not stop:
+            try:
+                await asyncio.sleep(60.0)
+            except asyncio.CancelledError:
+                with pytest.raises(Cancelled):
+                    engine.start_generate()
+                with pytest.raises(Cancelled):
+                    fleet.pick()
+        yield Chunk([])
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        generation.cancel()
+        with pytest.raises(Cancelled):
+            await anext(generation)
+        await world.core.wait_idle()
+        await asyncio.sleep(LINGER_SECONDS + 1)
+        assert "does not end after it was cancelled" in caplog.text
+        stop.append(True)
+        await asyncio.sleep(61.0)
+
+    run_program(stubborn, check)
+
+
+def test_a_strategy_that_blocks_the_loop_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def slow(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        time.sleep(0.06)  # noqa: ASYNC251  (the fault that is looked for)
+        async for chunk in fleet.pick().start_generate():
+            yield chunk
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        await engine.finish(1)
+        await read(generation)
+
+    run_program(slow, check)
+    record = next(record for record in caplog.records if record.getMessage() == "strategy blocks the event loop")
+    assert record.fields["strategy"] == "slow"  # type: ignore[attr-defined]
+    assert record.fields["milliseconds"] >= 60  # type: ignore[attr-defined]
+
+
+def test_a_retry_runs_the_program_again_with_its_charges_given_back() -> None:
+    seen: list[dict[str, tuple[int, int]]] = []
+
+    async def main() -> None:
+        async def twice(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+            seen.append(world.charges())
+            async for chunk in fleet.pick().start_generate():
+                yield chunk
+
+        async with World(strategy(twice).configure()) as world:
+            first, second = await world.add("a"), await world.add("b")
+            generation = world.generate()
+            await world.settle()
+            await first.die()
+            await second.finish(1)
+            await read(generation)
+            assert seen == [{"a": (0, 0), "b": (0, 0)}] * 2
+
+    run_virtual(main())

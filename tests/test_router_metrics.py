@@ -1,0 +1,108 @@
+"""What the router counts, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.router_support import World, read
+from tests.virtual_time import run_virtual
+
+from microserve.router.metrics import RouterMetrics, Series
+from microserve.runtime.errors import Busy, ModelNotFound
+
+
+def test_a_series_counts_by_upper_bound() -> None:
+    series = Series((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 7.0):
+        series.observe(value)
+    assert series.counts == [2, 1, 1]
+    assert series.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert series.total == 10.0
+
+
+def test_times_tokens_and_outcomes_of_a_request() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate([1, 2, 3, 4])
+            await world.settle()
+            for pause in (0.3, 0.04, 0.06):
+                await asyncio.sleep(pause)
+                await engine.tokens(7)
+            await asyncio.sleep(0.1)
+            await engine.finish(8)
+            await read(generation)
+            labels = {"model": "m", "strategy": generation.strategy_version}
+            assert world.metric("ttft_seconds_sum", **labels) == pytest.approx(0.3)
+            assert world.metric("ttft_seconds_bucket", **labels, le="0.25") == 0
+            assert world.metric("ttft_seconds_bucket", **labels, le="0.5") == 1
+            assert world.metric("itl_seconds_count", **labels) == 3
+            assert world.metric("itl_seconds_sum", **labels) == pytest.approx(0.2)
+            assert world.metric("itl_seconds_bucket", **labels, le="0.05") == 1
+            assert world.metric("tpot_seconds_sum", **labels) == pytest.approx(0.2 / 3)
+            assert world.metric("jct_seconds_sum", **labels) == pytest.approx(0.5)
+            assert world.metric("tokens_total", **labels, kind="prompt") == 4
+            assert world.metric("tokens_total", **labels, kind="output") == 4
+            assert world.metric("tokens_total", **labels, kind="cached") == 0
+            assert world.metric("requests_total", **labels, outcome="ok") == 1
+
+    run_virtual(main())
+
+
+def test_failures_count_by_their_code_and_have_no_completion_time() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(1)
+            await engine.fail(Busy("full"))
+            with pytest.raises(Busy):
+                await read(generation)
+            labels = {"model": "m", "strategy": generation.strategy_version}
+            assert world.metric("requests_total", **labels, outcome="busy") == 1
+            assert world.metric("ttft_seconds_count", **labels) == 1
+            assert world.metric("jct_seconds_count", **labels) == 0
+            with pytest.raises(ModelNotFound):
+                world.generate(model="made-up")
+            assert world.metric("refused_total", reason="model_not_found") == 1
+            assert "made-up" not in generate_latest(world.registry).decode()
+
+    run_virtual(main())
+
+
+def test_engines_and_bus_are_read_when_scraped() -> None:
+    async def main() -> None:
+        async with World() as world:
+            await world.add("a")
+            await world.add("b")
+            generation = world.generate()
+            await world.settle()
+            world.core.fleet.silence("b")
+            assert world.metric("engines", state="ready") == 1
+            assert world.metric("engines", state="silent") == 1
+            assert world.metric("engines", state="draining") == 0
+            assert world.metric("engine_charged", engine="a") == 1
+            assert (world.metric("active"), world.metric("queued")) == (1, 0)
+            sent = world.metric("bus_total", event="sent")
+            assert sent is not None
+            assert sent > 0
+            generation.cancel()
+
+    run_virtual(main())
+
+
+def test_the_text_is_what_prometheus_parses_and_registries_are_apart() -> None:
+    first, second = CollectorRegistry(), CollectorRegistry()
+    metrics = RouterMetrics(first)
+    RouterMetrics(second)
+    metrics.refused("busy")
+    families = {family.name: family for family in text_string_to_metric_families(generate_latest(first).decode())}
+    assert [(sample.labels, sample.value) for sample in families["microserve_router_refused"].samples] == [
+        ({"reason": "busy"}, 1.0)
+    ]
+    assert families["microserve_router_ttft_seconds"].type == "histogram"
+    assert second.get_sample_value("microserve_router_refused_total", {"reason": "busy"}) is None

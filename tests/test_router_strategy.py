@@ -1,0 +1,254 @@
+"""What is a strategy, its settings and versions, and where strategies are found."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from microserve.router.strategies.catalog import BUILT_IN, load_catalog, load_file
+from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategy import Chunk, Fleet, Request, Strategy, strategy
+from microserve.runtime.errors import ConfigError, InvalidRequest
+from microserve.runtime.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+GOOD = '''
+from microserve import strategy
+
+@strategy
+async def mine(request, fleet, *, ratio: float = 0.2):
+    """One line.
+
+    More.
+    """
+    async for chunk in fleet.pick().start_generate():
+        yield chunk
+'''
+
+
+@strategy
+async def sample(
+    request: Request, fleet: Fleet, *, ratio: float = 0.5, pages: int = 4, label: str = "x", eager: bool = False
+) -> AsyncIterator[Chunk]:
+    """What it does.
+
+    And how.
+    """
+    yield Chunk([])
+
+
+def test_settings_come_from_the_keyword_parameters() -> None:
+    assert sample.name == "sample"
+    assert sample.summary == "What it does."
+    assert [(setting.name, setting.type, setting.default) for setting in sample.settings] == [
+        ("ratio", float, 0.5),
+        ("pages", int, 4),
+        ("label", str, "x"),
+        ("eager", bool, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"ratio": 1}, {"ratio": 1.0}),
+        ({"ratio": "0.25"}, {"ratio": 0.25}),
+        ({"pages": "7"}, {"pages": 7}),
+        ({"eager": "on"}, {"eager": True}),
+        ({"eager": "No"}, {"eager": False}),
+        ({"label": "3"}, {"label": "3"}),
+    ],
+)
+def test_settings_are_converted(given: dict[str, object], expected: dict[str, object]) -> None:
+    settings = sample.configure(given).settings
+    assert settings == {"ratio": 0.5, "pages": 4, "label": "x", "eager": False} | expected
+    for name, value in expected.items():
+        assert type(settings[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        ({"ratio": "much"}, "ratio", "setting 'ratio' must be a float, not 'much'"),
+        ({"ratio": math.nan}, "ratio", "must be a float"),
+        ({"ratio": "inf"}, "ratio", "must be a float"),
+        ({"ratio": True}, "ratio", "must be a float, not True"),
+        ({"pages": 1.5}, "pages", "must be a int, not 1.5"),
+        ({"pages": True}, "pages", "must be a int, not True"),
+        ({"eager": 1}, "eager", "must be a bool, not 1"),
+        ({"eager": "perhaps"}, "eager", "must be a bool, not 'perhaps'"),
+        ({"label": 3}, "label", "must be a str, not 3"),
+        ({"ratoi": 0.1}, "ratoi", "strategy 'sample' has no setting 'ratoi'; did you mean 'ratio'"),
+        ({"zzz": 0.1}, "zzz", "it has ratio, pages, label, eager"),
+    ],
+)
+def test_wrong_settings_are_named(given: dict[str, object], param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message.replace("(", r"\(")) as caught:
+        sample.configure(given)
+    assert caught.value.param == param
+
+
+def test_a_version_is_name_source_and_settings() -> None:
+    plain = sample.configure()
+    assert plain.version == sample.configure({"ratio": "0.5"}).version
+    assert plain.version.startswith("sample@")
+    others = {
+        sample.configure({"ratio": 0.6}).version,
+        Strategy("sample", sample.function, sample.settings, "", "other source").configure().version,
+        Strategy("other", sample.function, sample.settings, "", sample.source).configure().version,
+    }
+    assert len({plain.version, *others}) == 4
+
+
+def _bad_functions() -> list[tuple[Any, str]]:
+    async def no_yield(request: Request, fleet: Fleet) -> None:
+        """Returns."""
+
+    def plain(request: Request, fleet: Fleet) -> None:
+        """Not async."""
+
+    async def one(request: Request) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    async def three(request: Request, fleet: Fleet, more: int) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    async def positional(request: Request, fleet: Fleet, ratio: float = 1.0) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    async def no_default(request: Request, fleet: Fleet, *, ratio: float) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    async def no_type(request: Request, fleet: Fleet, *, ratio=1.0) -> AsyncIterator[Chunk]:  # type: ignore[no-untyped-def]
+        yield Chunk([])
+
+    async def odd_type(request: Request, fleet: Fleet, *, ratio: list[int] = []) -> AsyncIterator[Chunk]:  # noqa: B006
+        yield Chunk([])
+
+    async def wrong_default(request: Request, fleet: Fleet, *, ratio: int = "1") -> AsyncIterator[Chunk]:  # type: ignore[assignment]
+        yield Chunk([])
+
+    async def swallow(request: Request, fleet: Fleet, **rest: int) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    return [
+        (no_yield, "async generator function"),
+        (plain, "async generator function"),
+        (one, "takes 1 positional parameters instead of two"),
+        (three, "takes 3 positional parameters instead of two"),
+        (positional, "'ratio' has a default: settings stand after a"),
+        (no_default, "setting 'ratio' needs a default"),
+        (no_type, "setting 'ratio' must be annotated int, float, str or bool"),
+        (odd_type, "setting 'ratio' must be annotated int, float, str or bool"),
+        (wrong_default, "the default of setting 'ratio' must be a int"),
+        (swallow, "every setting is a keyword-only parameter of its own"),
+    ]
+
+
+@pytest.mark.parametrize(("function", "message"), _bad_functions(), ids=lambda value: getattr(value, "__name__", ""))
+def test_a_function_that_is_no_strategy_is_refused_with_its_place(function: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        strategy(function)
+    assert f"{__file__}:{function.__code__.co_firstlineno}: {function.__name__}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("length", "fraction", "position"),
+    [(100, 0.0, 0), (100, 1.0, 96), (100, 0.5, 48), (100, 0.8, 80), (15, 1.0, 0), (16, 1.0, 16), (100, 0.07, 0)],
+)
+def test_page_aligned(length: int, fraction: float, position: int) -> None:
+    request = Request(id="q", model="m", prompt=np.zeros(length, np.int32), sampling=SamplingParams(), page_size=16)
+    assert request.page_aligned(fraction) == position
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_page_aligned_refuses_what_is_no_fraction(fraction: float) -> None:
+    request = Request(id="q", model="m", prompt=np.zeros(4, np.int32), sampling=SamplingParams())
+    with pytest.raises(InvalidRequest):
+        request.page_aligned(fraction)
+
+
+# --- the catalog ---------------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_strategies_are_there() -> None:
+    catalog = load_catalog(entry_points=())
+    assert catalog.problems == ()
+    assert catalog.get("data_parallel") is data_parallel
+    assert set(catalog.strategies) == {each.name for each in BUILT_IN}
+
+
+def test_an_unknown_strategy_says_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="no strategy 'data_paralel'; did you mean 'data_parallel'"):
+        load_catalog(entry_points=()).get("data_paralel")
+
+
+def test_a_folder_of_files_is_loaded_and_broken_ones_are_told_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "_private.py").write_text("raise RuntimeError")
+    (tmp_path / "syntax.py").write_text("x = 1\ny = = 2\n")
+    (tmp_path / "raises.py").write_text("import os\n\n\ndef f():\n    raise KeyError('k')\n\n\nf()\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(4)\n")
+    (tmp_path / "empty.py").write_text("from microserve.router.strategies.data_parallel import data_parallel\n")
+    (tmp_path / "wrong.py").write_text("from microserve import strategy\n@strategy\ndef f(request, fleet):\n    pass\n")
+    catalog = load_catalog(tmp_path, entry_points=())
+    assert set(catalog.strategies) == {"data_parallel", "mine"}
+    assert catalog.get("mine").summary == "One line."
+    assert catalog.get("mine").source == GOOD
+    told = {problem.source.rsplit("/", 1)[-1]: (problem.line, problem.message) for problem in catalog.problems}
+    assert told == {
+        "syntax.py": (2, "SyntaxError: invalid syntax"),
+        "raises.py": (5, "KeyError: 'k'"),
+        "leaves.py": (2, "it calls exit(4)"),
+        "empty.py": (0, "it defines no strategy (an async generator function under @strategy)"),
+        "wrong.py": (
+            2,
+            f"{tmp_path}/wrong.py:2: f is not a strategy: it must be an async generator function (async def, with "
+            "yield)",
+        ),
+    }
+    with pytest.raises(ConfigError, match=r"raises\.py:5: KeyError"):
+        catalog.get("raises")
+
+
+def test_a_changed_file_is_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD)
+    before = load_file(path)
+    path.write_text(GOOD + "\nHELPER = 1\n")
+    after = load_file(path)
+    assert isinstance(before, list)
+    assert isinstance(after, list)
+    assert before[0].configure().version != after[0].configure().version
+    assert before[0].function is not after[0].function
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        load_catalog(tmp_path / "nowhere", entry_points=())
+
+
+def test_entry_points_are_loaded_and_broken_ones_are_told() -> None:
+    group = "microserve.strategies"
+    catalog = load_catalog(
+        entry_points=[
+            EntryPoint("dp", "microserve.router.strategies.data_parallel:data_parallel", group),
+            EntryPoint("gone", "microserve.no_such_module:x", group),
+            EntryPoint("odd", "microserve.router.strategy:Chunk", group),
+        ],
+        built_in=(),
+    )
+    assert set(catalog.strategies) == {"data_parallel"}
+    assert [str(problem) for problem in catalog.problems] == [
+        "entry point gone = microserve.no_such_module:x: ModuleNotFoundError: No module named "
+        "'microserve.no_such_module'",
+        "entry point odd = microserve.router.strategy:Chunk: it is not a strategy (an async generator function under "
+        "@strategy)",
+    ]

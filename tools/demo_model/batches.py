@@ -1,0 +1,126 @@
+"""Conversations as token ids, packed into rows; made by worker processes while the GPU trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from microserve.tools.demo_model import corpus
+from microserve.tools.demo_model.model import CONTEXT, END_ID
+from microserve.tools.demo_model.tokenizer import ROLES, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tokenizers import Tokenizer
+
+    from microserve.tools.demo_model.exchange import Dialog, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as ids, and for each id whether the model shall learn to write it."""
+
+    ids: list[int]
+    learn: list[bool]
+
+
+def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog]) -> list[Encoded]:
+    """Ids exactly as the chat template gives them; a plain story has no role token and is learnt from its second id on."""
+    roles = {role: tokenizer.token_to_id(token) for role, token in ROLES.items()}
+    flat = [message.content for dialog in dialogs for message in dialog.messages]
+    contents = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+    result = []
+    for dialog in dialogs:
+        ids: list[int] = []
+        learn: list[bool] = []
+        for message in dialog.messages:
+            content = [*next(contents).ids, END_ID]
+            head = [] if dialog.kind == "plain" else [roles[message.role]]
+            ids += head + content
+            learn += [False] * len(head) + [message.role == "assistant"] * len(content)
+        result.append(Encoded(ids, learn))
+    return result
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a prompt that asks for the next assistant turn."""
+    ids: list[int] = []
+    for message in messages:
+        ids += [tokenizer.token_to_id(ROLES[message.role]), *tokenizer.encode(message.content, add_special_tokens=False).ids]
+        ids.append(END_ID)
+    return [*ids, tokenizer.token_to_id(ROLES["assistant"])]
+
+
+def pack(encoded: Sequence[Encoded], rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Rows of whole conversations, longest first into the first row with room; what does not fit is left out.
+
+    Returns ids, positions (restarting) and document numbers (0 is padding), int32 [rows, length]; `where`, flat
+    indices of the positions to learn from, and `target`, the ids that follow them, int64 [n].
+    """
+    ids = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    document = np.zeros((rows, length), np.int32)
+    used = [0] * rows
+    where: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    first = 0
+    for number, item in enumerate(sorted(encoded, key=lambda one: -len(one.ids)), 1):
+        n = len(item.ids)
+        row = next((r for r in range(first, rows) if used[r] + n <= length), None)
+        if row is None:
+            continue
+        begin = used[row]
+        values = np.asarray(item.ids, np.int32)
+        ids[row, begin : begin + n] = values
+        positions[row, begin : begin + n] = np.arange(n, dtype=np.int32)
+        document[row, begin : begin + n] = number
+        learn = np.flatnonzero(np.asarray(item.learn[1:], bool))
+        where.append(row * length + begin + learn)
+        target.append(values[1:][learn])
+        used[row] = begin + n
+        while first < rows - 1 and used[first] > length - 8:
+            first += 1
+    return {
+        "ids": torch.from_numpy(ids),
+        "positions": torch.from_numpy(positions),
+        "document": torch.from_numpy(document),
+        "where": torch.from_numpy(np.concatenate(where).astype(np.int64)),
+        "target": torch.from_numpy(np.concatenate(target).astype(np.int64)),
+    }
+
+
+def make(tokenizer: Tokenizer, rng: Random, rows: int, length: int, longest: int) -> dict[str, torch.Tensor]:
+    """One batch of fresh conversations."""
+    encoded: list[Encoded] = []
+    tokens = 0
+    while tokens < rows * length:
+        for item in encode(tokenizer, [corpus.draw(rng, longest) for _ in range(64)]):
+            if len(item.ids) <= min(length, CONTEXT):
+                encoded.append(item)
+                tokens += len(item.ids)
+    return pack(encoded, rows, length)
+
+
+class Batches(IterableDataset[dict[str, torch.Tensor]]):
+    """Batch number i follows from the seed and i alone, whatever the number of workers."""
+
+    def __init__(self, folder: Path, seed: int, steps: int, rows: int, length: int, long_from: float, longest: int) -> None:
+        """Batches from the share `long_from` of the steps on hold documents of up to `longest` sentences, before 50."""
+        self.folder, self.seed, self.steps, self.rows, self.length = folder, seed, steps, rows, length
+        self.long_from, self.longest = long_from, longest
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This worker's share of the batches, in order."""
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        tokenizer = load(self.folder)
+        for step in range(first, self.steps, stride):
+            longest = self.longest if step >= self.long_from * self.steps else min(50, self.longest)
+            yield make(tokenizer, Random(f"{self.seed}/{step}"), self.rows, self.length, longest)

@@ -1,0 +1,71 @@
+"""How a router and its engines are shown: one table, used by `status` and by `up`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from microserve.runtime.messages import FleetEngine, StatusReply
+
+_STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "degraded": "red", "silent": "red"}
+
+
+def headline(status: StatusReply) -> str:
+    """The router in one line."""
+    parts = [
+        f"router {status.router}",
+        f"up {duration(status.uptime)}",
+        f"strategy {status.strategy}",
+        f"{status.active_requests} running",
+        f"{status.queued_requests} queued",
+        f"{status.requests_total} served",
+    ]
+    return " · ".join([*parts, status.http] if status.http else parts)
+
+
+def fleet_table(status: StatusReply) -> Table:
+    """The engines, one a row."""
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+    table.add_column("engine")
+    table.add_column("state")
+    table.add_column("model")
+    table.add_column("executor")
+    for title in ("requests", "running", "waiting", "KV used", "prefix hits", "tokens", "heard"):
+        table.add_column(title, justify="right")
+    for engine in status.engines:
+        table.add_row(*_cells(engine))
+    return table
+
+
+def _cells(engine: FleetEngine) -> list[str | Text]:
+    load, info = engine.load, engine.info
+    return [
+        info.engine_id,
+        Text(engine.state, style=_STYLES.get(engine.state, "")),
+        info.model.name,
+        info.executor,
+        str(engine.charged),
+        f"{load.running}/{info.max_running}",
+        str(load.waiting),
+        percent(load.total_pages - load.free_pages, load.total_pages),
+        percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
+        str(load.generated_tokens),
+        f"{engine.last_seen:.1f} s ago",
+    ]
+
+
+def percent(part: int, whole: int) -> str:
+    """A share as a whole percentage; "-" of nothing."""
+    return f"{100 * part / whole:.0f}%" if whole else "-"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "45s", "3m 20s", "2h 5m", "4d 1h"."""
+    whole = int(seconds)
+    for size, unit, smaller, sub in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller}{sub}"
+    return f"{whole}s"

@@ -1,0 +1,116 @@
+"""What `microserve up` shows: one screen that follows the fleet on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from microserve.tools.supervisor import ChildState, describe_exit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from microserve.runtime.messages import StatusReply
+    from microserve.tools.supervisor import Child
+
+_SHOWN_LINES = 8
+
+
+class Screen:
+    """Both ways to show a run; `on` chooses. A context manager: leaving it gives the terminal back."""
+
+    def __init__(self, engines: Sequence[str], *, on: bool) -> None:
+        self._on = on
+        self._live: Live | None = None
+        self._width = max(map(len, ["router", *engines]))
+        self._recent: deque[str] = deque(maxlen=_SHOWN_LINES)
+        self._status: StatusReply | None = None
+        self._children: Sequence[Child] = ()
+        self._phase = "starting"
+
+    def __enter__(self) -> Screen:
+        if self._on:
+            from rich.live import Live
+
+            self._live = Live(self._render(), refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back. Idempotent; later lines are printed."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def child_line(self, name: str, line: str) -> None:
+        """A line that a child printed."""
+        self._put(f"{name:{self._width}} | {line}")
+
+    def line(self, line: str) -> None:
+        """Something that we have to say."""
+        self._put(f"{'up':{self._width}} | {line}")
+
+    def announce(self, status: StatusReply) -> None:
+        """Everything is ready: how to use it. The screen shows it all the time."""
+        if self._live is None:
+            for line in usage_lines(status):
+                print(line, flush=True)
+
+    def show(self, status: StatusReply | None, children: Sequence[Child], phase: str) -> None:
+        """The state of things, every half second."""
+        self._status, self._children, self._phase = status, children, phase
+        if self._live is not None:
+            self._live.update(self._render())
+
+    def _put(self, line: str) -> None:
+        self._recent.append(line)
+        if self._live is None:
+            print(line, flush=True)
+        else:
+            self._live.update(self._render())
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.text import Text
+
+        from microserve.tools.fleet_view import fleet_table, headline
+
+        parts: list[RenderableType] = []
+        if self._status is not None:
+            parts += [Text(headline(self._status)), Text(), fleet_table(self._status), Text()]
+        parts += [Text(line, style="red") for line in troubles(self._children)]
+        parts.append(Text(self._phase, style="green" if self._phase == "ready" else "yellow"))
+        if self._phase == "ready" and self._status is not None:
+            parts += [Text(line) for line in usage_lines(self._status)]
+        parts += [Text(), *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._recent)]
+        return Panel(Group(*parts), title="microserve", subtitle="Ctrl-C stops", border_style="dim")
+
+
+def troubles(children: Sequence[Child]) -> list[str]:
+    """What is wrong with children now, a line each."""
+    return [
+        f"{child.name} ended ({describe_exit(child.exit_code or 0)}) and is started again; restarts: {child.restarts}"
+        for child in children
+        if child.state is ChildState.WAITING and child.exit_code is not None
+    ]
+
+
+def usage_lines(status: StatusReply) -> list[str]:
+    """How to send a first request, ready to be copied."""
+    model = status.engines[0].info.model.name if status.engines else "MODEL"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    return [
+        f"serving {model} at {status.http}/v1",
+        f"try: curl {status.http}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        "or:  microserve chat",
+    ]
