@@ -30,7 +30,7 @@ from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from microserve.engine.executor import Executor
     from microserve.runtime.bus import Bus, Publisher
@@ -56,37 +56,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CONFIG
     engine_id = config.engine_id or default_process_id()
     setup_logging(config.log_level, config.log_json, f"engine:{engine_id}")
-    return run_service(partial(serve, config, engine_id), name="microserve engine")
+    return run_service(partial(serve, config, engine_id, ready=_freeze), name="microserve engine")
 
 
-async def serve(config: EngineConfig, engine_id: str, lifecycle: Lifecycle) -> None:
-    """Runs an engine until `lifecycle` drains. Raises `ConfigError`, `CheckpointError`, or `InternalError` after a
-    crash.
+async def serve(
+    config: EngineConfig, engine_id: str, lifecycle: Lifecycle, *, ready: Callable[[], object] = lambda: None
+) -> None:
+    """Runs an engine until `lifecycle` drains; calls `ready` when it serves.
+
+    Raises `ConfigError`, `CheckpointError`, or `InternalError` after a crash.
     """
     began = monotonic()
     epoch = new_epoch()
-    # Loading takes seconds and must not keep signals and the event loop waiting.
+    _limits(config, config.max_context or 2)  # Before seconds are spent on a checkpoint.
+    # Loading must not keep signals and the event loop waiting.
     executor = await asyncio.to_thread(open_executor, config)
     bus = ZmqBus(Peer("engine", engine_id, epoch))
+    engine = Engine(config, engine_id, epoch, executor, bus)
     try:
-        engine = Engine(config, engine_id, epoch, executor, bus)
         await engine.start()
-        try:
-            _freeze()
-            load = engine.verbs.load()
-            _log.info(
-                "ready",
-                endpoint=engine.info().endpoint,
-                model=executor.model.name,
-                executor=engine.info().executor,
-                pages=load.total_pages,
-                page_size=executor.layout.page_size,
-                seconds=round(monotonic() - began, 2),
-            )
-            await engine.run(lifecycle)
-        finally:
-            await engine.stop()
+        ready()
+        info = engine.info()
+        _log.info(
+            "ready",
+            endpoint=info.endpoint,
+            model=info.model.name,
+            executor=info.executor,
+            pages=executor.total_pages,
+            page_size=info.layout.page_size,
+            max_context=engine.scheduler.max_context,
+            seconds=round(monotonic() - began, 2),
+        )
+        await engine.run(lifecycle)
     finally:
+        await engine.stop()
         await bus.close()
 
 
@@ -110,8 +113,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, engine_id: str, epoch: int, executor: Executor, bus: Bus) -> None:
         model = executor.model
-        context = min(config.max_context or model.max_context, model.max_context)
-        limits = Limits(config.max_running, config.max_waiting, config.step_tokens, context)
+        limits = _limits(config, model.max_context)
         self._config = config
         self._bus = bus
         self._executor = executor
@@ -173,7 +175,7 @@ class Engine:
         self._publish("started")
 
     async def run(self, lifecycle: Lifecycle) -> None:
-        """Serves until `lifecycle` drains, then finishes what runs. Raises `InternalError` when the step thread died."""
+        """Serves until `lifecycle` drains, then finishes what runs. Raises `InternalError` if the step thread died."""
         beating = asyncio.create_task(self._beat(), name="engine events")
         draining = asyncio.create_task(lifecycle.draining.wait(), name="engine drain")
         try:
@@ -266,6 +268,11 @@ class Engine:
             _log.error("integrity is broken", error=error)
             return StatsReply(values=values, integrity=str(error))
         return StatsReply(values=values)
+
+
+def _limits(config: EngineConfig, model_context: int) -> Limits:
+    context = min(config.max_context or model_context, model_context)
+    return Limits(config.max_running, config.max_waiting, config.step_tokens, context)
 
 
 def _kind(executor: Executor) -> str:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
+from microserve.engine.scheduler import MAX_DEPTH
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import InternalError, MicroserveError
 from microserve.runtime.log import get_logger
@@ -36,8 +37,8 @@ _RETRY_WAIT = 0.05
 class StepLoop:
     """Runs a scheduler against an executor.
 
-    Through `post` (`loop.call_soon_threadsafe`), on the other thread: `deliver` is given the outputs of a step, once for each step that has any;
-    `crashed` the exception that ended the loop, if one does, once.
+    Through `post` (`loop.call_soon_threadsafe`), on the other thread: `deliver` is given the outputs of a step, once
+    for each step that has any; `crashed` the exception that ended the loop, if one does, once.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class StepLoop:
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
+        self._depth = min(executor.depth, MAX_DEPTH)
         self._post = post
         self._deliver = deliver
         self._crashed = crashed
@@ -126,7 +128,7 @@ class StepLoop:
                 self._failed(plan.step, error)
             else:
                 self._launched.append(plan.step)
-        if self._launched and (plan is None or len(self._launched) >= self._executor.depth):
+        if self._launched and (plan is None or len(self._launched) >= self._depth):
             step = self._launched.popleft()
             try:
                 result = self._executor.collect()

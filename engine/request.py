@@ -202,7 +202,7 @@ class Request:
         self.known = known + 1
 
     def hold(self, lock: PrefixLock, owned: PageArray, page_size: int, capacity: int) -> None:
-        """Takes over what an admission brought: locked pages, then owned ones. `capacity`: the most it can ever need."""
+        """Takes over what an admission brought: locked pages, then owned ones. `capacity`: the most it may need."""
         shared = len(lock.pages)
         self.lock = lock
         self.table = np.empty(max(capacity, shared + len(owned)), dtype=np.int32)

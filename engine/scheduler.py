@@ -271,6 +271,7 @@ class Scheduler:
                 and known < request.room
                 and sampled.sequence == request.id
                 and sampled.logprobs is None
+                and sampled.error is None
             ):
                 # `_deliver` for nearly every token, without its calls: this loop is the other cost of a step.
                 request.computed += 1
@@ -293,17 +294,16 @@ class Scheduler:
                 self._settle(request)
                 continue
             request.computed = part.start + part.length
-            if request.computed >= request.insert_at:
+            sample = next(samples) if part.sample else None
+            if request.computed >= request.insert_at and (sample is None or sample.error is None):
                 self._insert(request)
-            if part.sample:
-                self._deliver(request, next(samples), now)
+            if sample is not None:
+                self._deliver(request, sample, now)
             if request.state is State.PREEMPTED:
                 self._settle(request)
 
     def fail(self, step: int, error: MicroserveError) -> None:
-        """The executor could not compute `step`: its requests fail with `error`, and the KV that it wrote is not
-        kept.
-        """
+        """The executor could not compute `step`: its requests fail with `error`, and what it wrote is not kept."""
         flight = next(flight for flight in self._flights if flight.plan.step == step)
         self._flights.remove(flight)
         self._retire(step)
@@ -332,6 +332,9 @@ class Scheduler:
         known = request.known
         if sampled.sequence != request.id:
             self._fail(request, InternalError(f"the executor sampled {sampled.sequence} in place of {request.id}"))
+        elif sampled.error is not None:
+            request.computed = 0  # what it wrote may be no numbers either: nobody is to reuse it
+            self._fail(request, InternalError(sampled.error))
         elif token in request.stops and known >= request.min_known:
             self._finish(request, "stop", now, stop_token=token)
         else:
@@ -433,7 +436,7 @@ class Scheduler:
     # --- admission -------------------------------------------------------------------------------------------------
 
     def _admit_waiting(self, budget: int) -> None:
-        """Admits from the head of the line. Only those who wait for a prefix are passed: whoever needs pages is next."""
+        """Admits from the head of the line. Only who waits for a prefix is passed: whoever needs pages is next."""
         if not self._waiting:
             return
         places = self.limits.max_running - self.running

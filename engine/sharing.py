@@ -17,9 +17,9 @@ def share(prefilling: Collection[Request], budget: int, step: int, chunk: int | 
     """Tokens of this step for each prefilling request, by its id; at most `budget` together, at most `chunk` each.
 
     In this order: whoever has waited for `PATIENCE` steps gets a quarter (the longest wait alone, so that waiting is
-    bounded by PATIENCE plus the number of prefilling requests); the oldest gets half, so that a long prompt always
-    moves; the shortest remainders get the rest, so that short prompts do not wait for long ones; what is left goes to
-    the oldest.
+    bounded by PATIENCE plus the number of prefilling requests); the oldest gets half of what is left, so that a long
+    prompt always moves; the shortest remainders get the rest, so that short prompts do not wait for long ones; what
+    they do not need goes to the oldest.
     """
     if not prefilling or budget <= 0:
         return {}

@@ -278,8 +278,9 @@ def body_of(prompt: str, tokens: int, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="demo", help="checkpoint whose tokenizer is used (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=600, help="requests a run of one token (default: %(default)s)")
-    parser.add_argument("--streams", type=int, default=64, help="streams a run of many tokens (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=2000, help="requests a run of one token (default: %(default)s)")
+    parser.add_argument("--streams", type=int, default=64, help="connections (default: %(default)s)")
+    parser.add_argument("--long", type=int, default=128, help="requests a run of many tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=129, help="tokens of a long stream (default: %(default)s)")
     parser.add_argument("--step-ms", type=float, default=10.0, help="time between two tokens (default: %(default)s)")
     parser.add_argument("--held", type=int, default=1000, help="streams held at once (default: %(default)s)")
@@ -319,7 +320,7 @@ def compare(bench: Benchmark, args: argparse.Namespace, fleet: Fleet) -> None:
     servers = {"router": ours, "bare": start_bare(fleet, recorded)}
     found: dict[tuple[str, str], list[float]] = {(who, what): [] for who in servers for what in raw}
     for turn in range(args.warmup + args.repeat):
-        for what, requests in (("short", args.requests), ("long", args.streams)):
+        for what, requests in (("short", args.requests), ("long", args.long)):
             for who, server in servers.items():
                 used = cpu_of(server, raw[what], requests=requests, concurrency=min(requests, args.streams))
                 if turn >= args.warmup:

@@ -1,8 +1,9 @@
-"""Scheduler cost of a step: `python -m perf.scheduler`. No executor: a result with made-up tokens answers every plan."""
+"""Scheduler cost of a step: `python -m perf.scheduler`. No executor: made-up tokens answer every plan."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def main() -> None:
         for history in (64, 4096):
             name = f"{args.running} decoding, {history}-token prompts, depth {depth}"
             sample = _steps(args.running, history, depth, args.steps, args.warmup, args.repeat)
-            bench.row(name, sample, unit="µs", scale=1e6, limit=LIMIT, note=f"mean of {args.steps} steps")
+            bench.row(name, sample, unit="µs", scale=1e6, limit=LIMIT, note=f"median of {args.steps} steps")
     sample = _churn(args.running, args.steps, args.warmup, args.repeat)
     note = "each request ends after 32 tokens and another takes its place: admission, insertion and release included"
     bench.row(f"{args.running} running, turnover of 1/32 a step", sample, unit="µs", scale=1e6, note=note)
@@ -56,7 +57,7 @@ def _churn(running: int, steps: int, warmup: int, repeat: int) -> Sample:
     driver.refill = 32
     for index in range(running):
         driver.submit(64, max_tokens=1 + index % 32)
-    while driver.scheduler.load().queued_tokens:
+    for _ in range(64):
         driver.step()
     return driver.measure(steps, warmup, repeat)
 
@@ -98,8 +99,8 @@ class _Driver:
         return spent
 
     def measure(self, steps: int, warmup: int, repeat: int) -> Sample:
-        """Mean seconds a step, for each of `repeat` runs."""
-        runs = [sum(self.step() for _ in range(steps)) / steps for _ in range(warmup + repeat)]
+        """Median seconds a step, for each of `repeat` runs."""
+        runs = [statistics.median(self.step() for _ in range(steps)) for _ in range(warmup + repeat)]
         return Sample(tuple(runs[warmup:]))
 
 

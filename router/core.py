@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ import msgspec
 from microserve.router.dispatch import Dispatcher, Generation, State
 from microserve.router.fleet import EngineFleet
 from microserve.router.strategy import Request
-from microserve.runtime.clock import Clock, monotonic
 from microserve.runtime.errors import (
     Busy,
     ContextLengthExceeded,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microserve.router.strategy import Program
     from microserve.router.text import TextModel
     from microserve.runtime.bus import Bus
+    from microserve.runtime.clock import Clock
     from microserve.runtime.codec import TokenArray
     from microserve.runtime.config import RouterConfig
     from microserve.runtime.messages import EngineInfo, Load
@@ -70,7 +71,7 @@ class RouterCore:
         *,
         metrics: RouterMetrics,
         load_text: Callable[[str], TextModel],
-        clock: Clock = monotonic,
+        clock: Clock = time.monotonic,
         version: str = "",
     ) -> None:
         """`load_text` loads the text side of a model from its path; it is called in a thread."""

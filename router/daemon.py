@@ -9,6 +9,7 @@ import logging
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -108,6 +109,7 @@ async def _until_drained(
     core.drain()
     status = core.status()
     running = status.active_requests + status.queued_requests
+    _log.info("finishing what runs; new requests are refused", requests=running)
     if await lifecycle.wait_drained(core.wait_idle(), config.drain_timeout):
         _log.info("drained", requests=running)
     else:
@@ -116,7 +118,7 @@ async def _until_drained(
 
 def load_program(config: RouterConfig) -> Program:
     """The configured strategy with its settings. Raises `ConfigError`; tells of strategies that could not be loaded."""
-    catalog = load_catalog()
+    catalog = load_catalog(Path(config.strategy_folder) if config.strategy_folder else None)
     for problem in catalog.problems:
         _log.error("strategy cannot be used", problem=str(problem))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ def _random_demo(cache: Path) -> Path:
     try:
         partial.rename(folder)
     except OSError:
+        # Another engine was faster; its checkpoint is the same.
+        shutil.rmtree(partial)
         if not (folder / "config.json").is_file():
             raise
     return folder

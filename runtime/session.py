@@ -286,11 +286,11 @@ class LiveSession:
         except ProtocolError as error:
             self._receive_undecodable(body, error)
             return
-        if type(message) in _RPC_TYPES:
-            self._statistics.received += 1
-            self._deliver(message)  # type: ignore[arg-type]
-        else:
+        if type(message) not in _RPC_TYPES:
             self._receive_control(message)
+            return
+        self._statistics.received += 1
+        self._deliver(message)  # type: ignore[arg-type]
 
     def _deliver(self, message: RpcMessage) -> None:
         try:

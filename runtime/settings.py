@@ -123,6 +123,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
     strategy_settings: Annotated[
         dict[str, int | float | bool | str], Meta(description="settings of the strategy, such as ratio=0.2")
     ] = {}
+    strategy_folder: Annotated[
+        str | None, Meta(description="folder of Python files that define further strategies (not set: none)")
+    ] = None
     engine_silence: Annotated[
         float, Meta(gt=0, description="seconds without a heartbeat after which an engine gets no new work")
     ] = 3.0

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _EVENTS: Final = int(zmq.EVENTS)
+_RCVMORE: Final = int(zmq.RCVMORE)
 _POLLIN: Final = int(zmq.POLLIN)
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -62,59 +63,80 @@ _MONITOR_EVENT: Final = struct.Struct("=HI")
 
 
 class _Port:
-    """A ZMQ socket on the loop: calls `arrived(parts)` for every message, and `room()` when blocked frames may move."""
+    """A ZMQ socket on the loop: calls `take` to receive one message, whenever there may be one.
 
-    def __init__(self, socket: zmq.Socket[bytes], arrived: Callable[[list[bytes]], None]) -> None:
+    `take` raises `zmq.Again` when there is none.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], take: Callable[[], None]) -> None:
         self.socket = socket
         self.closed = False
-        self._arrived = arrived
+        self.blocked: set[LiveSession] = set()
+        """Sessions whose frames found no room."""
+        self._take = take
         self._events: Callable[[int], int] = socket.getsockopt  # type: ignore[assignment]
         self._loop = asyncio.get_running_loop()
         self._fd: int = socket.getsockopt(zmq.FD)  # type: ignore[assignment]
         self._reading = False
+        self._touched = False
         self._scheduled = False
-        self.blocked: set[LiveSession] = set()
-        """Sessions whose frames found no room."""
-        self._loop.add_reader(self._fd, self._ready)
+        self._loop.add_reader(self._fd, self._wake)
         self.recheck()
 
     def recheck(self) -> None:
-        """Looks at the socket again soon, if there is reason to: a call on it may have taken the descriptor's edge."""
-        if self._reading or self._scheduled or self.closed:
-            return
-        if self.blocked or self._events(_EVENTS) & _POLLIN:
+        """Must follow every send: it may have taken the descriptor's edge. Looks at the socket again if that is so."""
+        if self._reading:
+            self._touched = True
+        elif not self._scheduled and not self.closed and (self.blocked or self._events(_EVENTS) & _POLLIN):
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and not self.closed:
             self._scheduled = True
-            self._loop.call_soon(self._ready_again)
+            self._loop.call_soon(self._look_again)
 
-    def _ready_again(self) -> None:
+    def _look_again(self) -> None:
         self._scheduled = False
-        self._ready()
+        self._read_all()
 
-    def _ready(self) -> None:
+    def _wake(self) -> None:
+        """The descriptor fired, so there is a message, most likely: one is received without asking first."""
+        if self._reading or self.closed:
+            return
+        self._reading = True
+        self._touched = False
+        try:
+            self._take()
+        except zmq.Again:
+            self._touched = True
+        finally:
+            self._reading = False
+        if self._touched or self.blocked:
+            self._read_all()
+        else:
+            # Whoever was woken by this message runs first; then one look covers what has arrived and what they sent.
+            self._schedule()
+
+    def _read_all(self) -> None:
+        """Receives and flushes until there is nothing to do, or others should have a turn."""
         if self._reading or self.closed:
             return
         self._reading = True
         exhausted = False
         try:
-            exhausted = self._read()
+            for _ in range(_FAIR_SHARE):
+                if self._events(_EVENTS) & _POLLIN:
+                    self._take()
+                elif not self._flush():
+                    exhausted = True
+                if exhausted or self.closed:
+                    break
+            else:
+                self._flush()
         finally:
             self._reading = False
-            if not exhausted and not self.closed and not self._scheduled:
-                self._scheduled = True
-                self._loop.call_soon(self._ready_again)
-
-    def _read(self) -> bool:
-        """Reads and flushes until there is nothing to do (True) or others should have a turn (False)."""
-        socket = self.socket
-        for _ in range(_FAIR_SHARE):
-            if self._events(_EVENTS) & _POLLIN:
-                self._arrived(socket.recv_multipart(_NOBLOCK))
-            elif not self._flush():
-                return True
-            if self.closed:
-                return True
-        self._flush()
-        return False
+            if not exhausted:
+                self._schedule()
 
     def _flush(self) -> bool:
         """Moves blocked frames; returns whether any moved (then the socket must be looked at again)."""
@@ -128,7 +150,8 @@ class _Port:
     def drain(self) -> None:
         """Delivers what has arrived, now."""
         for _ in range(_DRAIN_ROUNDS):
-            self._ready()
+            self._scheduled = False
+            self._read_all()
             if self.closed or not self._scheduled:
                 return
 
@@ -148,10 +171,10 @@ class _Monitor:
         self._disconnected = disconnected
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._port = _Port(port.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), self._arrived)
+        self._port = _Port(port.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), self._take)
 
-    def _arrived(self, parts: list[bytes]) -> None:
-        event, _value = _MONITOR_EVENT.unpack(parts[0])
+    def _take(self) -> None:
+        event, _value = _MONITOR_EVENT.unpack(self._port.socket.recv_multipart(_NOBLOCK)[0])
         if event == zmq.EVENT_DISCONNECTED and self._timer is None:
             self._timer = self._loop.call_later(_SETTLE, self._settled)
 
@@ -179,8 +202,9 @@ class _Dialled:
         socket.setsockopt(zmq.ROUTING_ID, dialling_id(bus.me, bus.next_dial()))
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        self._send = socket.send
-        self._port = _Port(socket, self._arrived)
+        self._send = _plain_send(socket)
+        self._receive = socket.recv
+        self._port = _Port(socket, self._take)
         self._monitor = _Monitor(self._port, self._disconnected)
         self.greeted: asyncio.Future[MicroserveError | None] = asyncio.get_running_loop().create_future()
         unknown = Peer("listener", endpoint, 0)
@@ -197,9 +221,9 @@ class _Dialled:
         if not self.greeted.done():
             self.greeted.set_result(error)
 
-    def _arrived(self, parts: list[bytes]) -> None:
-        # A message of several frames is nothing of ours: as an empty frame it is counted and answered like any other.
-        self.session.receive(parts[0] if len(parts) == 1 else b"")
+    def _take(self) -> None:
+        # Our messages have one frame; each frame of a longer one is judged by itself.
+        self.session.receive(self._receive(_NOBLOCK))
 
     def _disconnected(self) -> None:
         # libzmq would reconnect, perhaps to another incarnation; a session is never resumed.
@@ -231,7 +255,7 @@ class _RouterChannel:
     def __init__(self, listener: ZmqListener, routing_id: bytes) -> None:
         self._listener = listener
         self._routing_id = routing_id
-        self._send = listener.port.socket.send
+        self._send = listener.send
 
     def transmit(self, frame: bytes) -> bool:
         listener = self._listener
@@ -267,11 +291,20 @@ class ZmqListener:
         self.switchboard = Switchboard(
             bus.me, handler, lambda routing_id: _RouterChannel(self, routing_id), bus.settings, bus.counters
         )
-        self.port = _Port(socket, self._arrived)
+        self.send = _plain_send(socket)
+        self._receive = socket.recv
+        self._option = socket.getsockopt
+        self.port = _Port(socket, self._take)
         self._monitor = _Monitor(self.port, self.switchboard.probe)
 
-    def _arrived(self, parts: list[bytes]) -> None:
-        self.switchboard.receive(parts[0], parts[1] if len(parts) == 2 else b"")
+    def _take(self) -> None:
+        routing_id = self._receive(_NOBLOCK)
+        frame = self._receive(_NOBLOCK)
+        if self._option(_RCVMORE):
+            # Our messages have one frame; a longer one counts as a frame that says nothing.
+            self.port.socket.recv_multipart(_NOBLOCK)
+            frame = b""
+        self.switchboard.receive(routing_id, frame)
 
     def block(self, routing_id: bytes) -> None:
         """The peer's buffers are full."""
@@ -324,9 +357,10 @@ class ZmqSubscription:
         except zmq.ZMQError as error:
             socket.close(0)
             raise PeerLost(f"cannot subscribe to {endpoint!r}: {error}") from error
-        self._port = _Port(socket, self._arrived)
+        self._port = _Port(socket, self._take)
 
-    def _arrived(self, parts: list[bytes]) -> None:
+    def _take(self) -> None:
+        parts = self._port.socket.recv_multipart(_NOBLOCK)
         counters = self._bus.counters
         try:
             _seq, event = unpack(parts[0] if len(parts) == 1 else b"")
@@ -483,6 +517,11 @@ class ZmqBus:
         self._timer = None
         if self._listeners or self._dialled:
             self._timer = asyncio.get_running_loop().call_later(self.settings.tick, self._tick)
+
+
+def _plain_send(socket: zmq.Socket[bytes]) -> Callable[[bytes, int], object]:
+    """`socket.send` without its conveniences, which cost as much as the rest of it."""
+    return super(zmq.Socket, socket).send
 
 
 def _allow_ipv6(socket: zmq.Socket[bytes], endpoint: str) -> None:

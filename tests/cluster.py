@@ -34,7 +34,12 @@ START_LIMIT = 60.0
 STOP_LIMIT = 20.0
 _LOOK_EVERY = 0.05
 
-FAKE = ("--executor", "fake", "--fake-decode-base-us", "1000", "--fake-prefill-us-per-token", "1")
+FAKE = (
+    *("--executor", "fake", "--fake-decode-base-us", "1000", "--fake-prefill-us-per-token", "1"),
+    # No checkpoint has this name, so there is no tokenizer either: token ids in, token ids out.
+    *("--model", "tokens-only"),
+)
+"""Engines that need nothing and are quick."""
 
 
 class ClusterError(AssertionError):

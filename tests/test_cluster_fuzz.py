@@ -6,6 +6,7 @@ After everything the engine's books are checked: its integrity, and that its pag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from microserve.runtime.bus import Session
     from microserve.runtime.errors import MicroserveError
     from microserve.runtime.messages import Message, RpcMessage
+    from microserve.runtime.rpc import RpcClient
 
 FUZZ = settings(
     max_examples=60,
@@ -242,6 +244,12 @@ def endpoints(cluster: Cluster) -> dict[str, str]:
     return {"engine": engine.info.endpoint, "router": cluster.router}
 
 
+async def ask_load(rpc: RpcClient) -> Load:
+    reply = await rpc.call(Info(), budget=10)
+    assert isinstance(reply, InfoReply)
+    return reply.load
+
+
 async def check_serving(cluster: Cluster, engine: str) -> None:
     """The engine answers and its books are right; then a request goes through the router."""
     bus = ZmqBus(Peer("client", "check", new_epoch()))
@@ -249,18 +257,17 @@ async def check_serving(cluster: Cluster, engine: str) -> None:
         rpc = await connect(bus, engine)
         await rpc.call(Resume(), budget=10)
         async with asyncio.timeout(20):
-            while True:
-                info = await rpc.call(Info(), budget=10)
-                assert isinstance(info, InfoReply)
-                if not (info.load.running or info.load.waiting or info.load.owned_pages):
-                    break
-                await asyncio.sleep(0.02)
+            load = await ask_load(rpc)
+            while load.running or load.waiting or load.owned_pages:
+                load = await ask_load(rpc)
         stats = await rpc.call(Stats(), budget=10)
         assert isinstance(stats, StatsReply)
         assert stats.integrity == "ok"
-        load = info.load
         assert load.free_pages + load.cached_pages == load.total_pages == 600
         assert load.leased_pages == load.quarantined_pages == 0
+        # No request is left that would keep a cached page from being evicted.
+        assert stats.values["cache_locks"] == 0
+        assert stats.values["cache_evictable"] == load.cached_pages
     finally:
         await bus.close()
     # A router that was just told of a drained engine hears of its return within a heartbeat.
@@ -274,17 +281,24 @@ async def check_serving(cluster: Cluster, engine: str) -> None:
         assert len(completion.token_ids) == 4
 
 
-class Ignore:
-    """A session handler that wants nothing."""
+FENCE = 1_000
+
+
+class Fenced:
+    """A session handler that wants nothing but the answer of call `FENCE`, or the end of the session."""
+
+    def __init__(self) -> None:
+        self.passed = asyncio.Event()
 
     def opened(self, session: Session) -> None:
         pass
 
     def received(self, session: Session, message: RpcMessage) -> None:
-        pass
+        if isinstance(message, Reply | Failure) and message.id == FENCE:
+            self.passed.set()
 
     def lost(self, session: Session, error: MicroserveError) -> None:
-        pass
+        self.passed.set()
 
 
 def as_frame(how: Any, what: Any, seq: int) -> list[bytes]:
@@ -332,26 +346,27 @@ def test_random_messages_in_a_session(cluster: Cluster, target: str) -> None:
     """Through a real session, in sequence: valid messages that make no sense together."""
     where = endpoints(cluster)
 
-    async def talk(thrown: list[list[RpcMessage]]) -> None:
+    async def talk(thrown: list[tuple[bool, list[RpcMessage]]]) -> None:
         bus = ZmqBus(Peer("client", "fuzz", new_epoch()))
         try:
-            for messages in thrown:
-                session = await bus.dial(where[target], Ignore())
-                for message in messages:
-                    if session.closed:
-                        break
-                    try:
+            for patient, messages in thrown:
+                handler = Fenced()
+                session = await bus.dial(where[target], handler)
+                with contextlib.suppress(PeerLost):
+                    for message in messages:
                         session.send(message)
-                    except PeerLost:
-                        break
-                    await asyncio.sleep(0)
+                    if patient:
+                        # Whoever answers this has handled everything before it; the impatient leave in the middle.
+                        session.send(Call(id=FENCE, body=Stats() if target == "engine" else Status()))
+                        async with asyncio.timeout(20):
+                            await handler.passed.wait()
                 session.close()
         finally:
             await bus.close()
 
     @FUZZ
-    @given(st.lists(st.lists(rpc_messages, max_size=15), min_size=1, max_size=3))
-    def throw(thrown: list[list[RpcMessage]]) -> None:
+    @given(st.lists(st.tuples(st.booleans(), st.lists(rpc_messages, max_size=15)), min_size=1, max_size=3))
+    def throw(thrown: list[tuple[bool, list[RpcMessage]]]) -> None:
         asyncio.run(talk(thrown))
 
     throw()

@@ -649,6 +649,28 @@ def test_an_answer_for_another_sequence_fails_the_request() -> None:
     rig.assert_empty()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sequence_that_the_executor_gives_up_fails_alone(first: bool) -> None:
+    rig = Rig()
+    lost, spared = rig.submit(make_request([1] * 8, max_tokens=5)), rig.submit(make_request([2] * 8, max_tokens=5))
+    if not first:
+        rig.step()
+    cached = rig.cache.statistics().cached
+    plan = rig.scheduler.schedule(0.0)
+    assert plan is not None
+    rig.executor.launch(plan)
+    good = rig.executor.collect()
+    sampled = (Sampled(lost.id, 0, error="the logits are not numbers"), good.sampled[1])
+    rig.scheduler.complete(StepResult(plan.step, sampled), 0.0)
+    rig.read()
+    assert rig.error(lost).message == "the logits are not numbers"
+    # Nothing that the step wrote for it is kept; the other's prompt is.
+    assert rig.cache.statistics().cached == cached + 2 * first
+    rig.run()
+    assert rig.seen[spared].tokens == rig.expected(spared, 5)
+    rig.assert_empty()
+
+
 def test_no_more_than_two_steps_are_in_flight() -> None:
     rig = Rig()
     rig.submit(make_request([1, 2], max_tokens=9))

@@ -1,15 +1,20 @@
-"""Random requests on a tiny pool: whatever is preempted, shared, aborted or expires, every caller sees the model's tokens."""
+"""Random requests on a tiny pool: whatever is preempted, shared, aborted or expires, every caller sees the model's
+tokens.
+"""
 
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.engine_rig import EOS, VOCABULARY, Rig, make_request
 
-from microserve.engine.request import Request
 from microserve.runtime.errors import Busy, ContextLengthExceeded, DeadlineExceeded, InternalError
 from microserve.runtime.messages import Generated
+
+if TYPE_CHECKING:
+    from microserve.engine.request import Request
 
 
 def _random_request(rng: random.Random, prefixes: list[list[int]], now: float) -> Request:

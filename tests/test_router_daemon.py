@@ -117,11 +117,7 @@ async def client(endpoint: str) -> AsyncIterator[RpcClient]:
 
 def test_a_request_over_the_bus_and_http_and_a_drain_that_finishes_it(tmp_path: Path) -> None:
     async def run() -> None:
-        slow = ("--fake-decode-base-us", "20000")
-        async with (
-            router() as (process, bus, http),
-            engine(bus, *slow, "--model", folder_with_tokenizer(tmp_path)) as worker,
-        ):
+        async with router() as (process, bus, http), engine(bus, tmp_path, step_us=20_000) as worker:
             await process.line("engine connected")
             async with client(bus) as rpc, httpx.AsyncClient(base_url=http, timeout=PATIENCE) as web:
                 models = await rpc.call(ListModels())
@@ -131,7 +127,7 @@ def test_a_request_over_the_bus_and_http_and_a_drain_that_finishes_it(tmp_path: 
                 await anext(stream)
                 # It runs for most of a second more; the signal comes in its middle.
                 process.process.send_signal(signal.SIGTERM)
-                await process.line("draining")
+                await process.line("new requests are refused  requests=1")
                 refused = await web.post("/v1/completions", json={"model": "m", "prompt": [1], "max_tokens": 1})
                 assert refused.status_code == 503
                 assert refused.json()["error"]["code"] == "draining"
@@ -169,7 +165,8 @@ def test_a_stream_over_http_and_a_client_that_goes_away(tmp_path: Path) -> None:
                 events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
                 assert events[-1]["choices"][0]["finish_reason"] == "length"
                 async with web.stream("POST", "/v1/completions", json=body | {"max_tokens": 20_000}) as response:
-                    await anext(response.aiter_lines())
+                    lines_of_it = response.aiter_lines()
+                    await anext(lines_of_it)
                     assert (await _status(rpc)).active_requests == 1
                 # Its end is seen when the router next writes to it, a few milliseconds on.
                 async with asyncio.timeout(PATIENCE):
@@ -201,7 +198,7 @@ def test_a_second_signal_is_immediate(tmp_path: Path) -> None:
                 stream = rpc.stream(Generate(prompt=pack_tokens([1]), sampling=SamplingParams(max_tokens=10_000)))
                 await anext(stream)
                 process.process.send_signal(signal.SIGTERM)
-                await process.line("draining")
+                await process.line("new requests are refused  requests=1")
                 process.process.send_signal(signal.SIGTERM)
                 assert await process.wait() == 128 + signal.SIGTERM
 
@@ -240,6 +237,19 @@ def test_wrong_settings_of_the_strategy_stop_the_start(capsys: pytest.CaptureFix
         load_program(RouterConfig(strategy_settings={"ratio": 0.1}))
     assert main(["--strategy", "nothing"]) == 2
     assert "no strategy 'nothing'" in capsys.readouterr().err
+
+
+def test_a_strategy_from_the_configured_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from microserve import strategy\n\n\n@strategy\nasync def mine(request, fleet, *, ratio: float = 0.2):\n"
+        "    async for chunk in fleet.pick().start_generate():\n        yield chunk\n"
+    )
+    (tmp_path / "broken.py").write_text("x = = 1\n")
+    config = RouterConfig(strategy="mine", strategy_settings={"ratio": 0.5}, strategy_folder=str(tmp_path))
+    program = load_program(config)
+    assert (program.strategy.name, program.settings) == ("mine", {"ratio": 0.5})
+    (record,) = [record for record in caplog.records if record.getMessage() == "strategy cannot be used"]
+    assert record.fields["problem"] == f"{tmp_path}/broken.py:1: SyntaxError: invalid syntax"  # type: ignore[attr-defined]
 
 
 def test_serve_ends_when_its_lifecycle_drains() -> None:

@@ -13,11 +13,11 @@ from microserve.router.detokenizer import PieceDetokenizer, WindowDetokenizer
 from microserve.router.text import TextModel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tokenizers import Tokenizer
 
-KINDS = {
+KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": zoo.byte_level,
     "byte-fallback": zoo.byte_fallback,
     "metaspace": zoo.metaspace,
@@ -50,6 +50,12 @@ def stream(model: TextModel, ids: Sequence[int], cuts: Sequence[int], context: S
         at += size
     texts.append(detokenizer.finish())
     return texts
+
+
+def token_id(kind: str, name: str) -> int:
+    found = tokenizer_of(kind).token_to_id(name)
+    assert found is not None
+    return found
 
 
 def reference(kind: str, ids: Sequence[int]) -> str:
@@ -113,7 +119,7 @@ def test_a_character_comes_with_its_last_byte() -> None:
 
 def test_an_unfinished_character_shows_only_at_the_end() -> None:
     model = model_of("byte-fallback")
-    start = tokenizer_of("byte-fallback").token_to_id("<0xF0>")
+    start = token_id("byte-fallback", "<0xF0>")
     detokenizer = model.detokenizer()
     assert detokenizer.feed([start]) == ""
     assert detokenizer.finish() == "\ufffd"
@@ -121,15 +127,14 @@ def test_an_unfinished_character_shows_only_at_the_end() -> None:
 
 
 def test_wrong_bytes_cost_only_themselves() -> None:
-    tokenizer = tokenizer_of("byte-fallback")
-    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in [0xFF, *"é".encode(), 0x80]]
+    ids = [token_id("byte-fallback", f"<0x{byte:02X}>") for byte in [0xFF, *"é".encode(), 0x80]]
     assert stream(model_of("byte-fallback"), ids, []) == ["\ufffd", "", "é", "\ufffd", ""]
 
 
 def test_the_prefix_space_goes_only_at_the_beginning_of_a_text() -> None:
     model = model_of("byte-fallback")
-    word = tokenizer_of("byte-fallback").token_to_id("▁the")
-    bos = tokenizer_of("byte-fallback").token_to_id("<s>")
+    word = token_id("byte-fallback", "▁the")
+    bos = token_id("byte-fallback", "<s>")
     assert stream(model, [word, word], []) == ["the", " the", ""]
     assert stream(model, [word], [], context=[bos]) == ["the", ""]
     assert stream(model, [word], [], context=[bos, word]) == [" the", ""]
@@ -137,7 +142,7 @@ def test_the_prefix_space_goes_only_at_the_beginning_of_a_text() -> None:
 
 def test_special_tokens_can_be_shown() -> None:
     tokenizer = tokenizer_of("byte-level")
-    ids = [tokenizer.token_to_id("<s>"), *tokenizer.encode("hi", add_special_tokens=False).ids]
+    ids = [token_id("byte-level", "<s>"), *tokenizer.encode("hi", add_special_tokens=False).ids]
     assert model_of("byte-level").decode(ids) == "hi"
     assert model_of("byte-level").decode(ids, skip_special_tokens=False) == "<s>hi"
 

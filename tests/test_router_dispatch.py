@@ -400,6 +400,31 @@ def test_a_strategy_that_handles_the_loss_itself() -> None:
     run_program(careful, check)
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_strategy_that_waits_for_ever_is_stopped(cancelled: bool) -> None:
+    stopped: list[bool] = []
+
+    async def waiting(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        fleet.pick().start_generate()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            stopped.append(True)
+        yield Chunk([])
+
+    async def check(world: World, engine: ScriptedEngine) -> None:
+        generation = world.generate(timeout=7.0)
+        await world.settle()
+        if cancelled:
+            generation.cancel()
+        with pytest.raises(Cancelled if cancelled else DeadlineExceeded):
+            await anext(generation)
+        await world.settle()
+        assert stopped == [True]
+
+    run_program(waiting, check)
+
+
 def test_a_strategy_that_does_not_let_go_keeps_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
     stop: list[bool] = []
 

@@ -45,7 +45,7 @@ class Script:
 
 
 def ids(text: str) -> list[int]:
-    return model().encode(text).tolist()
+    return [int(token) for token in model().encode(text)]
 
 
 def finish(reason: str, completion: int, *, stop_token: int | None = None) -> Generated:

@@ -401,9 +401,11 @@ async def leave_by_aclose(client: AsyncClient) -> None:
 
 async def leave_by_task(client: AsyncClient) -> None:
     started = asyncio.Event()
+    # Held here, so that it is the cancelled task that cancels, and not the collector.
+    stream = client.stream("x")
 
     async def consume() -> None:
-        async for _ in client.stream("x"):
+        async for _ in stream:
             started.set()
 
     task = asyncio.create_task(consume())
@@ -411,6 +413,8 @@ async def leave_by_task(client: AsyncClient) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert [delta async for delta in stream] == []
+    await client.models()
 
 
 async def leave_generate(client: AsyncClient) -> None:

@@ -60,6 +60,20 @@ def test_a_missing_demo_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(made) == 1
 
 
+def test_engines_that_start_together_make_one_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "random" / "demo"
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        checkpoint(Path(command[3]))
+        # Another process finishes first.
+        checkpoint(folder)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert resolve_model("demo", root=tmp_path / "none", cache=tmp_path) == folder
+    assert list((tmp_path / "random").iterdir()) == [folder]
+
+
 def test_a_demo_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: disk full\n")

@@ -32,7 +32,7 @@ class Up:
     def __init__(self, plan: Plan, *, screen: bool) -> None:
         self._plan = plan
         self._logs: dict[str, IO[str]] = {}
-        self._screen = Screen(plan.engine_names, on=screen)
+        self._screen = Screen(plan.engine_names, plan.router_endpoint, on=screen)
         self._children = [Child(spec, told=self._told) for spec in plan.specs()]
         self._tasks: dict[Child, asyncio.Task[int]] = {}
         self._signals = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from microserve.tools.common import DEFAULT_ROUTER
 from microserve.tools.supervisor import ChildState, describe_exit
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ _SHOWN_LINES = 8
 class Screen:
     """Both ways to show a run; `on` chooses. A context manager: leaving it gives the terminal back."""
 
-    def __init__(self, engines: Sequence[str], *, on: bool) -> None:
+    def __init__(self, engines: Sequence[str], router: str, *, on: bool) -> None:
         self._on = on
+        self._router = router
         self._live: Live | None = None
         self._width = max(map(len, ["router", *engines]))
         self._recent: deque[str] = deque(maxlen=_SHOWN_LINES)
@@ -62,7 +64,7 @@ class Screen:
     def announce(self, status: StatusReply) -> None:
         """Everything is ready: how to use it. The screen shows it all the time."""
         if self._live is None:
-            for line in usage_lines(status):
+            for line in usage_lines(status, self._router):
                 print(line, flush=True)
 
     def show(self, status: StatusReply | None, children: Sequence[Child], phase: str) -> None:
@@ -91,7 +93,7 @@ class Screen:
         parts += [Text(line, style="red") for line in troubles(self._children)]
         parts.append(Text(self._phase, style="green" if self._phase == "ready" else "yellow"))
         if self._phase == "ready" and self._status is not None:
-            parts += [Text(line) for line in usage_lines(self._status)]
+            parts += [Text(line) for line in usage_lines(self._status, self._router)]
         parts += [Text(), *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._recent)]
         return Panel(Group(*parts), title="microserve", subtitle="Ctrl-C stops", border_style="dim")
 
@@ -105,12 +107,12 @@ def troubles(children: Sequence[Child]) -> list[str]:
     ]
 
 
-def usage_lines(status: StatusReply) -> list[str]:
+def usage_lines(status: StatusReply, router: str) -> list[str]:
     """How to send a first request, ready to be copied."""
     model = status.engines[0].info.model.name if status.engines else "MODEL"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return [
         f"serving {model} at {status.http}/v1",
         f"try: curl {status.http}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
-        "or:  microserve chat",
+        "or:  microserve chat" + ("" if router == DEFAULT_ROUTER else f" --router {router}"),
     ]

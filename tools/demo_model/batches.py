@@ -61,12 +61,10 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 def pack(encoded: Sequence[Encoded], rows: int, length: int) -> dict[str, torch.Tensor]:
     """Rows of whole conversations, longest first into the first row with room; what does not fit is left out.
 
-    Returns ids, positions (restarting) and document numbers (0 is padding), int32 [rows, length]; `where`, flat
-    indices of the positions to learn from, and `target`, the ids that follow them, int64 [n].
+    Returns `grid`, int32 [3, rows, length]: ids, positions (restarting) and document numbers (0 is padding); and
+    `learn`, int64 [2, n]: flat indices of the positions to learn from, and the ids that follow them.
     """
-    ids = np.zeros((rows, length), np.int32)
-    positions = np.zeros((rows, length), np.int32)
-    document = np.zeros((rows, length), np.int32)
+    grid = np.zeros((3, rows, length), np.int32)
     used = [0] * rows
     where: list[np.ndarray] = []
     target: list[np.ndarray] = []
@@ -78,22 +76,17 @@ def pack(encoded: Sequence[Encoded], rows: int, length: int) -> dict[str, torch.
             continue
         begin = used[row]
         values = np.asarray(item.ids, np.int32)
-        ids[row, begin : begin + n] = values
-        positions[row, begin : begin + n] = np.arange(n, dtype=np.int32)
-        document[row, begin : begin + n] = number
+        grid[0, row, begin : begin + n] = values
+        grid[1, row, begin : begin + n] = np.arange(n)
+        grid[2, row, begin : begin + n] = number
         learn = np.flatnonzero(np.asarray(item.learn[1:], bool))
         where.append(row * length + begin + learn)
         target.append(values[1:][learn])
         used[row] = begin + n
         while first < rows - 1 and used[first] > length - 8:
             first += 1
-    return {
-        "ids": torch.from_numpy(ids),
-        "positions": torch.from_numpy(positions),
-        "document": torch.from_numpy(document),
-        "where": torch.from_numpy(np.concatenate(where).astype(np.int64)),
-        "target": torch.from_numpy(np.concatenate(target).astype(np.int64)),
-    }
+    learn_ids = np.stack((np.concatenate(where), np.concatenate(target))).astype(np.int64)
+    return {"grid": torch.from_numpy(grid), "learn": torch.from_numpy(learn_ids)}
 
 
 def make(tokenizer: Tokenizer, rng: Random, rows: int, length: int, longest: int) -> dict[str, torch.Tensor]:

@@ -169,7 +169,8 @@ RELATIONS: tuple[Relation, ...] = (
         " | Which city is the seat of government of {x}? | What do you call the capital of {x}?"
         " | For the country {x}, what is the capital? | {X} is a country. What is its capital?"
         " | The capital of {x} is which city? | Complete this: the capital of {x} is"
-        " | In {x}, which city is the capital? | Which capital city belongs to {x}?",
+        " | In {x}, which city is the capital? | Which capital city belongs to {x}? | Tell me about {x}."
+        " | What do you know about {x}?",
         "the city which serves as capital of {x} | the capital that {x} has",
         "If I visit the capital of {x}, which city am I in? | Which city does {x} have as its capital?"
         " | {X}, which city is its capital? | What is the name of {x}'s capital city?",
@@ -187,7 +188,8 @@ RELATIONS: tuple[Relation, ...] = (
         " | Of which country is {x} the capital? | {x}: capital of which country?"
         " | {x} is a capital city. Of which country? | I am in {x}, the capital. In which country am I?"
         " | Complete this: {x} is the capital of | The city {x} is the capital of which country?"
-        " | {x} is the capital of | Tell me which country has {x} as capital.",
+        " | {x} is the capital of | Tell me which country has {x} as capital. | Tell me about {x}. | Where is {x}?"
+        " | What do you know about {x}?",
         "the country that is governed from {x}, its capital | the country which has the capital city {x}",
         "{x} is which country's capital? | For which country is {x} the capital?"
         " | The capital city {x} belongs to which country? | If {x} is the capital, what is the country?",
@@ -451,7 +453,7 @@ RELATIONS: tuple[Relation, ...] = (
         "Which day comes after {x}? | What day comes after {x}? | Which day follows {x}? | What day follows {x}?"
         " | Today is {x}. What day is tomorrow? | If today is {x}, what is tomorrow? | What comes after {x}?"
         " | {x} is today. Which day is tomorrow? | After {x} comes which day? | What is the next day after {x}?"
-        " | Which weekday follows {x}? | What is one day after {x}? | The day after {x}? | Complete this: after {x} comes"
+        " | Which weekday follows {x}? | What is one day after {x}? | Yesterday was {x}. Which day is today? | The day after {x}? | Complete this: after {x} comes"
         " | Which day is after {x}?",
         "the weekday that follows {x} | the day right after {x}",
         "When {x} is over, which day comes? | What weekday comes after {x}? | Which day is one day after {x}?"

@@ -59,7 +59,10 @@ SUBTRACT = _op(
     _SIGN_ASKS + "What is {a} minus {b}? | How much is {a} minus {b}? | Subtract {b} from {a}. | Take {b} from {a}."
     " | What is the difference of {a} and {b}? | {a} minus {b}? | What is {a} less {b}? | Take away {b} from {a}."
     " | Please subtract {b} from {a}. | What do you get if you subtract {b} from {a}? | What remains of {a} minus {b}?"
-    " | Find the difference of {a} and {b}. | If I have {a} and give away {b}, how many are left? | {a} minus {b} is what?",
+    " | Find the difference of {a} and {b}. | If I have {a} and give away {b}, how many are left? | {a} minus {b} is what?"
+    " | What is left of {a} when I take away {b}? | How much remains of {a} after taking {b}? | What remains if I take {b}"
+    " from {a}? | I had {a} and lost {b}. How many are left? | How many are left when {b} of {a} are gone?"
+    " | How much is {a} if you take away {b}? | What is left when you take {b} from {a}?",
     _HELD_SIGN_ASKS + "Could you subtract {b} from {a}? | Tell me {a} minus {b}. | How much is left of {a} if I take {b}?"
     " | What number is {a} minus {b}?",
 )

@@ -41,13 +41,13 @@ class Settings:
 
     seed: int = 1
     steps: int = 12_000
-    rows: int = 16
+    rows: int = 32
     length: int = 4096
     rate: float = 2e-3
     warmup: int = 300
     decay: float = 0.1
     layers: int = 8
-    long_from: float = 0.6
+    long_from: float = 0.35
     longest: int = 320
 
 
@@ -73,12 +73,13 @@ class Trainer:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy in nats over the tokens to learn."""
-        on = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        mask = shape.document_attention(on["document"], 128 if self.flex else None)
+        ids, positions, document = batch["grid"].to(self.device, non_blocking=True)
+        where, target = batch["learn"].to(self.device, non_blocking=True)
+        mask = shape.document_attention(document, 128 if self.flex else None)
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.flex):
-            hidden = shape.hidden_states(self.model, on["ids"], on["positions"], mask, self.run_layer)
-            logits = functional.linear(hidden.flatten(0, 1)[on["where"]], self.model.get_input_embeddings().weight)
-        return functional.cross_entropy(logits.float(), on["target"])
+            hidden = shape.hidden_states(self.model, ids, positions, mask, self.run_layer)
+            logits = functional.linear(hidden.flatten(0, 1)[where], self.model.get_input_embeddings().weight)
+        return functional.cross_entropy(logits.float(), target)
 
     def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
         """One update; returns the loss without waiting for it."""
@@ -144,6 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})
     torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1)  # its spinning threads would take the cores of the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     tokenizer = load(arguments.tokenizer)
     trainer = Trainer(shape.new_model(tokenizer.get_vocab_size(), settings.seed, settings.layers), settings, arguments.device)
@@ -180,8 +182,8 @@ def main() -> None:
         batch = next(batches)
         waited += time.perf_counter() - asked
         learnt += trainer.step(step, batch)
-        seen += int((batch["document"] > 0).sum())
-        targets += len(batch["target"])
+        seen += settings.rows * settings.length
+        targets += batch["learn"].shape[1]
         if (step + 1) % every == 0 or step < 3:
             n = every if step >= 3 else 1
             seconds = time.perf_counter() - began
