@@ -216,24 +216,18 @@ class Scheduler:
         fed = self._grow(now)
         slices: list[Slice] = []
         decoding: list[Request] = []
+        # Positional arguments and local names: this loop is half the cost of a step.
+        add, name = slices.append, decoding.append
         for request in self._decoding.values():
             start = request.scheduled
-            if start >= request.end - 1 or start == request.page_capacity:
+            following = start + 1
+            if following >= request.end or start == request.page_capacity:
                 continue  # Its last token is in flight, or it waits for a page.
-            # Built with positional arguments: this loop is the cost of a step.
-            slices.append(
-                Slice(
-                    request.id,
-                    request.history[start : start + 1] if start < request.known else None,
-                    start,
-                    request.pages,
-                    True,
-                    start + 1 - request.prompt_length,
-                )
-            )
-            request.scheduled = start + 1
+            tokens = request.history[start:following] if start < request.known else None
+            add(Slice(request.id, tokens, start, request.pages, True, following - request.prompt_length))
+            request.scheduled = following
             request.in_flight += 1
-            decoding.append(request)
+            name(request)
         budget = self.limits.step_tokens - len(slices)
         if fed:
             # Whoever is admitted takes pages that a starved decode waits for.
@@ -273,7 +267,7 @@ class Scheduler:
                 and sampled.logprobs is None
                 and sampled.error is None
             ):
-                # `_deliver` for nearly every token, without its calls: this loop is the other cost of a step.
+                # `_deliver` for nearly every token, without its calls: this loop is the other half.
                 request.computed += 1
                 request.history[known] = token
                 request.known = known + 1
@@ -311,7 +305,6 @@ class Scheduler:
         self._forgotten.extend(flight.plan.forgotten)
         for request in itertools.chain(flight.decoding, flight.prefilling):
             request.in_flight -= 1
-            request.computed = 0
             if request.final:
                 self._settle(request)
             else:

@@ -98,7 +98,18 @@ def start_router(fleet: Fleet, model: str, engines: int, step: float) -> Server:
     for index in range(engines):
         fleet.start(
             *("microserve.engine", "--engine-id", f"e{index}", "--routers", bus, *quiet),
-            *("--executor", "fake", "--model", model, "--model-name", "demo", "--max-running", "512", "--step-tokens", "4096"),
+            *(
+                "--executor",
+                "fake",
+                "--model",
+                model,
+                "--model-name",
+                "demo",
+                "--max-running",
+                "512",
+                "--step-tokens",
+                "4096",
+            ),
             *("--fake-decode-base-us", str(step * 1e6), "--fake-decode-us-per-sequence", "0"),
             *("--fake-prefill-us-per-token", "0"),
         )
@@ -218,9 +229,7 @@ def cpu_of(server: Server, raw: bytes, *, requests: int, concurrency: int) -> fl
 
 
 async def hold(port: int, raw: bytes, count: int) -> tuple[int, int, float]:
-    """`count` streams at once: how many failed, how many were open at one time (first event seen, not complete), and the
-    seconds that all took.
-    """
+    """`count` streams at once: how many failed, the most open at one time, and the seconds taken."""
     open_connections = await connections(port, count)
     began = time.perf_counter()
     ends = await asyncio.gather(*(connection.request(raw) for connection in open_connections), return_exceptions=True)
@@ -286,6 +295,9 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=1000, help="streams held at once (default: %(default)s)")
     bench = Benchmark("router", "CPU time of the router a request and a token, against a bare Starlette endpoint")
     args = bench.arguments(parser, repeat=5, warmup=1)
+    if args.step_ms <= 0 or args.tokens < 2:
+        # Without a pause both sides merge tokens into as few events as they like, and nothing is compared.
+        parser.error("--step-ms must be positive, and --tokens at least 2")
     with tempfile.TemporaryDirectory(prefix="microserve-perf-") as folder:
         fleet = Fleet(Path(folder))
         try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import socket
 import sys
 from functools import partial
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"microserve router: error: {error.message}", file=sys.stderr)
         return EXIT_CONFIG
+    # One text at a time: handing it to a pool of threads and back costs more than it saves.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     router_id = config.router_id or default_process_id()
     setup_logging(config.log_level, config.log_json, f"router:{router_id}")
     return run_service(partial(serve, config, router_id), name="microserve router")

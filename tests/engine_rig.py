@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from microserve.engine.fake_executor import FakeExecutor, fake_tokens
-from microserve.engine.plan import SequenceStart, StepPlan
+from microserve.engine.plan import SequenceStart, Slice, StepPlan
 from microserve.engine.request import Request
 from microserve.engine.scheduler import Limits, Scheduler
 from microserve.kv.cache import KvCache
@@ -130,9 +130,16 @@ class Rig:
     def abort(self, request: Request) -> bool:
         return self.scheduler.abort(request)
 
+    @property
+    def under_way(self) -> list[Slice]:
+        """Slices of steps that are launched and not collected."""
+        return [part for plan in self.plans[-3:] if plan.step in self.launched for part in plan.slices]
+
     def launch(self) -> StepPlan | None:
         plan = self.scheduler.schedule(self.clock())
         if plan is not None:
+            under_way = {part.sequence for part in self.under_way}
+            assert under_way.isdisjoint(plan.forgotten), "forgotten while a step that names it is under way"
             self.plans.append(plan)
             self.executor.launch(plan)
             self.launched.append(plan.step)

@@ -51,6 +51,7 @@ class FakeGeneration:
         self.cancelled = asyncio.Event()
         self.steps: asyncio.Queue[Chunk | MicroserveError | Exception] = asyncio.Queue()
         self.count = 0
+        self.cached = 1
 
     def say(self, text: str, *, finish: str | None = None, stop_token: int | None = None) -> None:
         """The tokens of `text`, each with a log probability when those were asked for."""
@@ -61,7 +62,7 @@ class FakeGeneration:
             logprobs = [TokenLogprobs(-0.5, [token, 7], [-0.5, float("-inf")]) for token in tokens]
         done = None
         if finish is not None:
-            usage = Usage(prompt_tokens=len(self.spec.prompt), completion_tokens=self.count, cached_tokens=1)
+            usage = Usage(prompt_tokens=len(self.spec.prompt), completion_tokens=self.count, cached_tokens=self.cached)
             done = Generated(finish_reason=finish, usage=usage, stop_token=stop_token)
         self.steps.put_nowait(Chunk(tokens, logprobs, done))
 

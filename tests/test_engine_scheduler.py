@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.engine_rig import EOS, PAGE, Rig, make_request
+from tests.engine_rig import EOS, Rig, make_request
 
 from microserve.engine.plan import Sampled, StepResult
 from microserve.engine.request import State
 from microserve.engine.scheduler import Limits
 from microserve.runtime.errors import Busy, ConfigError, ContextLengthExceeded, DeadlineExceeded, InternalError
 from microserve.runtime.messages import Generated, TokenLogprobs, Tokens, Usage
+
+if TYPE_CHECKING:
+    from microserve.engine.plan import PageArray
 
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 
@@ -373,6 +376,17 @@ def test_the_latest_is_preempted_and_resumes_without_losing_or_repeating_a_token
     rig.assert_empty()
 
 
+@DEPTHS
+def test_no_more_are_preempted_than_is_needed(depth: int) -> None:
+    """At depth 2 the victim's pages come back a step later; that is no reason to take another's."""
+    rig = Rig(pages=12, depth=depth)
+    requests = [rig.submit(make_request([n] * 12, max_tokens=8)) for n in range(3)]
+    rig.run()
+    assert rig.scheduler.load().preemptions == 1
+    assert all(rig.seen[request].tokens == rig.expected(request, 8) for request in requests)
+    rig.assert_empty()
+
+
 def test_a_sequence_is_forgotten_before_it_is_started_again() -> None:
     rig = Rig(pages=8)
     rig.submit(make_request([1] * 8, max_tokens=20))
@@ -481,6 +495,16 @@ def test_a_prompt_that_waits_for_pages_is_not_passed() -> None:
     while not big.final:
         rig.step()
         assert big.state is not State.WAITING or small.state is State.WAITING
+    rig.run()
+    assert rig.scheduler.load().preemptions == 0
+
+
+def test_a_newcomer_leaves_a_page_for_each_of_those_that_run() -> None:
+    rig = Rig(pages=10)
+    rig.submit(make_request([1] * 9, max_tokens=9))
+    rig.step()
+    # It needs the seven pages that are free now, and the one that runs will need two of them.
+    rig.submit(make_request([2] * 28, max_tokens=8))
     rig.run()
     assert rig.scheduler.load().preemptions == 0
 
@@ -610,6 +634,19 @@ def test_a_failed_step_fails_its_requests_and_nobody_else(depth: int) -> None:
     rig.assert_empty()
 
 
+def test_only_pages_of_earlier_steps_survive_a_failure() -> None:
+    rig = Rig(prefill_chunk=8)
+    request = rig.submit(make_request(list(range(20)), max_tokens=5))
+    rig.step()
+    plan = rig.scheduler.schedule(rig.clock())
+    assert plan is not None
+    rig.scheduler.fail(plan.step, InternalError("out of memory"))
+    rig.read()
+    assert request.state is State.FAILED
+    assert rig.cache.match(np.arange(20, dtype=np.int32)).length == 8
+    rig.assert_empty()
+
+
 def test_the_older_of_two_steps_fails() -> None:
     rig = Rig(depth=2, max_running=1)
     lost = rig.submit(make_request([1] * 6, max_tokens=9))
@@ -702,17 +739,13 @@ def test_load_counts() -> None:
 
 
 def test_plans_that_were_handed_out_do_not_change() -> None:
-    """Two requests compute the same prompt; the second one's pages are replaced by the first one's."""
+    """Two requests compute the same first page at once; the second one's is then replaced by the first one's."""
     rig = Rig(depth=2, step_tokens=64)
-    prompt = [3] * 9
-    views: deque[tuple[np.ndarray, list[int]]] = deque()
-    rig.submit(make_request(prompt, max_tokens=12))
-    rig.launch()
-    rig.submit(make_request([*prompt[:4], 9], max_tokens=12))
-    for _ in range(20):
-        if not rig.step():
-            break
-        views.extend((part.pages, part.pages.tolist()) for part in rig.plans[-1].slices)
-    assert views
+    rig.submit(make_request([3] * 4 + [1] * 20, max_tokens=12))
+    second = rig.submit(make_request([3] * 4 + [2] * 20, max_tokens=12))
+    views: list[tuple[PageArray, list[int]]] = []
+    while rig.step():
+        views.extend((part.pages, part.pages.tolist()) for part in rig.plans[-1].slices if part.sequence == second.id)
+    assert views[0][1][0] != views[-1][1][0]
     assert all(view.tolist() == pages for view, pages in views)
-    assert PAGE == 4
+    rig.assert_empty()

@@ -11,6 +11,7 @@ import pytest
 from tests.engine_rig import Rig, make_request
 
 from microserve.engine.loop import StepLoop
+from microserve.engine.scheduler import Output
 from microserve.engine.verbs import EngineVerbs
 from microserve.runtime.codec import decode, encode, unpack_tokens
 from microserve.runtime.errors import (
@@ -340,6 +341,26 @@ def test_outputs_of_an_aborted_call_do_not_reach_its_successor() -> None:
         new = bench.stream([3, 4], max_tokens=2)
         assert await bench.finish(new) == bench.rig.expected(make_request([3, 4], max_tokens=2), 2)
         assert old.take() == []
+
+    with_bench(work)
+
+
+def test_late_outputs_of_a_call_do_not_end_the_next_one_with_its_id() -> None:
+    async def work(bench: Bench) -> None:
+        bench.stream([1, 2], max_tokens=100)
+        await bench.network.settle()
+        _, old = bench.verbs._live["s"]
+        await bench.client.call(Abort(sub_id="s"))
+        new = bench.stream([3, 4], max_tokens=2)
+        await bench.network.settle()
+        # What a step had posted before the abort arrives now.
+        usage = Usage(prompt_tokens=2, completion_tokens=1)
+        token = Output(old, Tokens(ids=b"\1\0\0\0"), False)
+        bench.verbs.deliver([token, Output(old, Generated(finish_reason="length", usage=usage), True)])
+        await bench.network.settle()
+        assert not new.ended
+        assert bench.verbs.live == 1
+        assert await bench.finish(new) == bench.rig.expected(make_request([3, 4], max_tokens=2), 2)
 
     with_bench(work)
 

@@ -138,6 +138,7 @@ def test_the_prefix_space_goes_only_at_the_beginning_of_a_text() -> None:
     assert stream(model, [word, word], []) == ["the", " the", ""]
     assert stream(model, [word], [], context=[bos]) == ["the", ""]
     assert stream(model, [word], [], context=[bos, word]) == [" the", ""]
+    assert stream(model, [word], [], context=[word, *[bos] * 20]) == [" the", ""]
 
 
 def test_special_tokens_can_be_shown() -> None:

@@ -45,8 +45,17 @@ def test_models() -> None:
     assert [entry["id"] for entry in answer["data"]] == ["demo"]
     assert answer["data"][0]["object"] == "model"
     assert answer["data"][0]["max_model_len"] == CONTEXT
-    assert get("/v1/models/demo").json() == answer["data"][0]
-    assert get("/v1/models/").json()["data"] == answer["data"]
+    assert answer["data"][0]["owned_by"] == "microserve"
+
+
+def test_one_model_is_the_lists_entry() -> None:
+    async def run() -> None:
+        app = FakeCore().app()
+        listed = (await Call(app, "GET", "/v1/models", b"").finish()).json()["data"]
+        assert (await Call(app, "GET", "/v1/models/demo", b"").finish()).json() == listed[0]
+        assert (await Call(app, "GET", "/v1/models/", b"").finish()).json()["data"] == listed
+
+    asyncio.run(run())
 
 
 def test_an_unknown_model() -> None:

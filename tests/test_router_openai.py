@@ -116,6 +116,16 @@ def test_choices_share_a_prompt_and_differ_in_seed() -> None:
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
+def test_a_prompt_is_cached_as_far_as_no_choice_computed_it() -> None:
+    async def story(core: FakeCore, _call: Call) -> None:
+        for generation, cached in zip(core.generations, (5, 2, 4), strict=True):
+            generation.cached = cached
+            generation.say("x", finish="stop")
+
+    found = follow(CHAT, chat(n=3), story).json()["usage"]
+    assert found == usage(len(text_model().encode(RENDERED)), 3, cached=2)
+
+
 def test_choices_without_a_seed_have_none() -> None:
     core = FakeCore()
     ask(CHAT, chat(n=3), "1", "2", "3", core=core)

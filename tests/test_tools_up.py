@@ -38,7 +38,7 @@ def plan(*arguments: str, environ: dict[str, str] | None = None) -> Plan:
 
 def test_the_default_plan() -> None:
     router, *engines = plan().specs()
-    assert (router.name, router.module, router.arguments) == ("router", "microserve.router", ("--router-id", "router"))
+    assert (router.name, router.module, router.arguments) == ("router", "microserve.router", ("--router-id", "local"))
     assert [engine.name for engine in engines] == ["engine-0", "engine-1"]
     flags = dict(zip(engines[1].arguments[::2], engines[1].arguments[1::2], strict=True))
     assert flags == {
@@ -56,7 +56,7 @@ def test_options_reach_the_process_that_they_are_for(tmp_path: Path) -> None:
     made = plan("--config", str(file), "--engines", "1", "--bind", "tcp://0.0.0.0:9", "--model", "x", "--strategy", "s")
     router, engine = made.specs()
     assert router.arguments == (
-        *("--config", str(file), "--bind", "tcp://0.0.0.0:9", "--strategy", "s", "--router-id", "router"),
+        *("--config", str(file), "--bind", "tcp://0.0.0.0:9", "--strategy", "s", "--router-id", "local"),
     )
     assert engine.arguments[:6] == ("--config", str(file), "--model", "x", "--engine-id", "engine-0")
     assert "--threads" not in engine.arguments
@@ -110,14 +110,14 @@ def test_the_curl_example_is_a_valid_request() -> None:
     assert "http://127.0.0.1:8000/v1/chat/completions" in curl
 
 
-def test_the_screen_shows_fleet_phase_usage_and_last_lines() -> None:
+def test_the_screen_shows_fleet_phase_and_last_lines() -> None:
     screen = Screen(["engine-0"], "tcp://127.0.0.1:7700", on=True)
     out = io.StringIO()
     screen._recent.append("engine-0 | loading layer 3")
     screen.show(STATUS, [], "ready")
     Console(file=out, width=200).print(screen._render())
     shown = out.getvalue()
-    for expected in ("router r", "gpu-a", "ready", "serving llama at", "engine-0 | loading layer 3", "Ctrl-C stops"):
+    for expected in ("router r", "gpu-a", "ready", "engine-0 | loading layer 3", "Ctrl-C stops"):
         assert expected in shown
 
 

@@ -105,7 +105,7 @@ class Plan:
 
     def specs(self) -> list[ChildSpec]:
         """The processes to run, the router first."""
-        router = ChildSpec("router", "microserve.router", self._arguments(self._router_flags, router_id="router"))
+        router = ChildSpec("router", "microserve.router", self._arguments(self._router_flags, router_id="local"))
         return [router, *(self._engine_spec(name) for name in self.engine_names)]
 
     def _engine_spec(self, name: str) -> ChildSpec:

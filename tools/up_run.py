@@ -39,6 +39,8 @@ class Up:
         self._stopping = asyncio.Event()
         self._phase = ""
         self._was_ready = False
+        self._joined: set[str] = set()
+        """Engines that the router has known since they were last started."""
 
     async def run(self) -> int:
         """Until Ctrl-C, or until a child refuses its configuration; the exit code."""
@@ -66,6 +68,9 @@ class Up:
         router, *engines = self._children
         for group in ([router], engines):
             for child in group:
+                if child in engines and child.name not in self._joined:
+                    # Still loading: it has nothing to finish, and would load to the end before it looked at a signal.
+                    child.kill()
                 child.stop()
             if group:
                 await asyncio.wait([self._tasks[child] for child in group])
@@ -96,6 +101,8 @@ class Up:
         ready = {engine.info.engine_id for engine in status.engines if engine.state == "ready"} if status else set()
         waiting = [name for name in self._plan.engine_names if name not in ready]
         phase = self._describe(status, waiting)
+        if status is not None:
+            self._joined = {engine.info.engine_id for engine in status.engines}
         self._screen.show(status, self._children, phase)
         if phase != self._phase and not self._stopping.is_set():
             self._phase = phase

@@ -62,10 +62,12 @@ class Screen:
         self._put(f"{'up':{self._width}} | {line}")
 
     def announce(self, status: StatusReply) -> None:
-        """Everything is ready: how to use it. The screen shows it all the time."""
-        if self._live is None:
-            for line in usage_lines(status, self._router):
+        """Everything is ready: how to use it, above the screen, where it can be copied."""
+        for line in usage_lines(status, self._router):
+            if self._live is None:
                 print(line, flush=True)
+            else:
+                self._live.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def show(self, status: StatusReply | None, children: Sequence[Child], phase: str) -> None:
         """The state of things, every half second."""
@@ -92,8 +94,6 @@ class Screen:
             parts += [Text(headline(self._status)), Text(), fleet_table(self._status), Text()]
         parts += [Text(line, style="red") for line in troubles(self._children)]
         parts.append(Text(self._phase, style="green" if self._phase == "ready" else "yellow"))
-        if self._phase == "ready" and self._status is not None:
-            parts += [Text(line) for line in usage_lines(self._status, self._router)]
         parts += [Text(), *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._recent)]
         return Panel(Group(*parts), title="microserve", subtitle="Ctrl-C stops", border_style="dim")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,12 @@ from microserve.tools.demo_model.tokenizer import ROLES, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from tokenizers import Tokenizer
 
     from microserve.tools.demo_model.exchange import Dialog, Message
+    from microserve.tools.demo_model.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,20 @@ class Encoded:
     learn: list[bool]
 
 
+def role_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of the token that opens a turn, by role; raises ValueError for a tokenizer that is not the demo's."""
+    found = {}
+    for role, token in ROLES.items():
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            raise ValueError(f"the tokenizer has no token {token}")
+        found[role] = number
+    return found
+
+
 def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog]) -> list[Encoded]:
-    """Ids exactly as the chat template gives them; a plain story has no role token and is learnt from its second id on."""
-    roles = {role: tokenizer.token_to_id(token) for role, token in ROLES.items()}
+    """Ids exactly as the chat template gives them; a plain story has no role token; its first id is not learnt."""
+    roles = role_ids(tokenizer)
     flat = [message.content for dialog in dialogs for message in dialog.messages]
     contents = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     result = []
@@ -51,11 +63,11 @@ def encode(tokenizer: Tokenizer, dialogs: Sequence[Dialog]) -> list[Encoded]:
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The ids of a prompt that asks for the next assistant turn."""
+    roles = role_ids(tokenizer)
     ids: list[int] = []
     for message in messages:
-        ids += [tokenizer.token_to_id(ROLES[message.role]), *tokenizer.encode(message.content, add_special_tokens=False).ids]
-        ids.append(END_ID)
-    return [*ids, tokenizer.token_to_id(ROLES["assistant"])]
+        ids += [roles[message.role], *tokenizer.encode(message.content, add_special_tokens=False).ids, END_ID]
+    return [*ids, roles["assistant"]]
 
 
 def pack(encoded: Sequence[Encoded], rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -104,16 +116,14 @@ def make(tokenizer: Tokenizer, rng: Random, rows: int, length: int, longest: int
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
     """Batch number i follows from the seed and i alone, whatever the number of workers."""
 
-    def __init__(self, folder: Path, seed: int, steps: int, rows: int, length: int, long_from: float, longest: int) -> None:
-        """Batches from the share `long_from` of the steps on hold documents of up to `longest` sentences, before 50."""
-        self.folder, self.seed, self.steps, self.rows, self.length = folder, seed, steps, rows, length
-        self.long_from, self.longest = long_from, longest
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """This worker's share of the batches, in order."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        tokenizer = load(self.folder)
-        for step in range(first, self.steps, stride):
-            longest = self.longest if step >= self.long_from * self.steps else min(50, self.longest)
-            yield make(tokenizer, Random(f"{self.seed}/{step}"), self.rows, self.length, longest)
+        tokenizer, settings = load(self.folder), self.settings
+        for step in range(first, settings.steps, stride):
+            longest = settings.longest if step >= settings.long_from * settings.steps else min(50, settings.longest)
+            yield make(tokenizer, Random(f"{settings.seed}/{step}"), settings.rows, settings.length, longest)

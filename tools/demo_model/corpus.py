@@ -56,8 +56,17 @@ _PERSONAS = (
     "Act as {n}, a {a} {j}.",
     "Pretend to be {n}, a {a} {j}.",
 )
-_WHO_ASKS = ("Who are you?", "What is your name?", "What's your name?", "Introduce yourself.", "Tell me about yourself.",
-             "Hello! Who are you?", "Do you have a name?", "Who am I talking to?", "What are you?")  # fmt: skip
+_WHO_ASKS = (
+    "Who are you?",
+    "What is your name?",
+    "What's your name?",
+    "Introduce yourself.",
+    "Tell me about yourself.",
+    "Hello! Who are you?",
+    "Do you have a name?",
+    "Who am I talking to?",
+    "What are you?",
+)
 _JOB_ASKS = ("What is your job?", "What do you do?", "What do you do for a living?", "What is your work?")
 _SIGN_OFFS = (
     "End every answer with the word {w}.",
@@ -77,9 +86,11 @@ _MEMORIES: tuple[tuple[str, str, str, str], ...] = (
         "Your name is {v}.",
     ),
     (
-        "My favourite colour is {v}.|I like {v} best of all colours.|The colour I like best is {v}.|My favorite color is {v}.",
+        "My favourite colour is {v}.|I like {v} best of all colours.|The colour I like best is {v}.|My favorite"
+        " color is {v}.",
         "{V} is a nice colour.",
-        "What is my favourite colour?|Which colour do I like?|What's my favorite color?|Do you remember my favourite colour?",
+        "What is my favourite colour?|Which colour do I like?|What's my favorite color?|Do you remember my"
+        " favourite colour?",
         "Your favourite colour is {v}.",
     ),
     (
@@ -110,7 +121,8 @@ _MEMORIES: tuple[tuple[str, str, str, str], ...] = (
     (
         "Remember the word {v}.|The secret word is {v}.|Please remember this word: {v}.|The password is {v}.",
         "I will remember the word {v}.",
-        "What is the word?|Which word did I tell you?|What is the secret word?|What is the password?|Do you remember the word?",
+        "What is the word?|Which word did I tell you?|What is the secret word?|What is the password?|Do you"
+        " remember the word?",
         "The word is {v}.",
     ),
 )

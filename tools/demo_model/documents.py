@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 NOT_FOUND = "The document does not say."
 
-_SYLLABLES = (
-    "ba be bo da de do fa fe ga go ka ke ko la le li lo lu ma me mi mo na ne ni no pa pe ra re ri ro sa se so ta te ti to"
+_SYLLABLES = str.split(
+    "ba be bo da de do fa fe ga go ka ke ko la le li lo lu ma me mi mo na ne ni no pa pe ra re ri ro sa se so ta"
+    " te ti to"
     " va ve vi wa we za ze bran dal fen gar hal kel lor mar nor pel ros sel tor val wen"
-).split()
+)
 _FILLER = (
     "The weather was mild for the season.",
     "Nothing else of note happened that day.",
@@ -124,7 +125,9 @@ def _people(rng: Random, facts: int) -> tuple[list[str], list[Exchange]]:
             questions += asks
     absent = made_up_name(rng)
     if absent not in names and absent not in places:
-        questions.append(_qa(rng, f"Where does {absent} live? | What does {absent} like? | Who lives in {absent}?", NOT_FOUND))
+        questions.append(
+            _qa(rng, f"Where does {absent} live? | What does {absent} like? | Who lives in {absent}?", NOT_FOUND)
+        )
     return lines, questions
 
 
@@ -136,11 +139,13 @@ def _warehouse(rng: Random, facts: int) -> tuple[list[str], list[Exchange]]:
     for shelf in shelves:
         goods = f"{rng.choice(words.MATERIALS)} {rng.choice(words.THINGS)}"
         number = rng.randint(2, 99)
-        lines.append(rng.choice(("Shelf {s} holds {n} {g}.", "On shelf {s} there are {n} {g}.", "Shelf {s}: {n} {g}.")).format(
+        lines.append(rng.choice(("Shelf {s} holds {n} {g}.", "On shelf {s}"
+            " there are {n} {g}.", "Shelf {s}: {n} {g}.")).format(
             s=shelf, n=number, g=goods))  # fmt: skip
         questions.append(
             _qa(rng, f"What is on shelf {shelf}? | What does shelf {shelf} hold? | What lies on shelf {shelf}?"
-                f" | Shelf {shelf} holds what? | What can I find on shelf {shelf}?", f"Shelf {shelf} holds {number} {goods}.")
+                f" | Shelf {shelf} holds what? | What can I find on shelf"
+                f" {shelf}?", f"Shelf {shelf} holds {number} {goods}.")
         )  # fmt: skip
     questions.append(_qa(rng, f"What is on shelf {absent}? | What does shelf {absent} hold?", NOT_FOUND))
     return lines, questions
@@ -153,10 +158,13 @@ def _codes(rng: Random, facts: int) -> tuple[list[str], list[Exchange]]:
     lines, questions = [], []
     for name in names:
         code = f"{rng.choice(words.COMMON_WORDS)}-{rng.choice(words.COMMON_WORDS)}-{rng.randint(10, 99)}"
-        lines.append(rng.choice(("The code word of {n} is {c}.", "The secret code of {n} is {c}.")).format(n=name, c=code))
+        lines.append(
+            rng.choice(("The code word of {n} is {c}.", "The secret code of {n} is {c}.")).format(n=name, c=code)
+        )
         questions.append(
             _qa(rng, f"What is the code word of {name}? | What is the code of {name}? | Which code does {name} have?"
-                f" | What is the secret code of {name}? | Tell me the code word for {name}.", f"The code of {name} is {code}.")
+                f" | What is the secret code of {name}? | Tell me the code word for"
+                f" {name}.", f"The code of {name} is {code}.")
         )  # fmt: skip
     questions.append(_qa(rng, f"What is the code word of {absent}? | Which code does {absent} have?", NOT_FOUND))
     return lines, questions
@@ -171,11 +179,14 @@ def _journey(rng: Random, facts: int) -> tuple[list[str], list[Exchange]]:
         food, sight = rng.choice(words.FOODS), f"{rng.choice(words.ADJECTIVES)} {rng.choice(stories.HEROES)}"
         lines.append(f"On day {day} we reached {place}, where we ate {food} and met a {sight}.")
         questions += [
-            _qa(rng, f"Which place was reached on day {day}? | Where were they on day {day}? | What was reached on day {day}?",
+            _qa(rng, f"Which place was reached on day {day}? | Where were they on day {day}? | What was reached"
+                f" on day {day}?",
                 f"On day {day} they reached {place}."),
-            _qa(rng, f"What did they eat in {place}? | What was eaten in {place}? | Which food did they eat in {place}?",
+            _qa(rng, f"What did they eat in {place}? | What was eaten in {place}? | Which food did they eat in"
+                f" {place}?",
                 f"In {place} they ate {food}."),
-            _qa(rng, f"Who did they meet in {place}? | Whom did they meet in {place}?", f"In {place} they met a {sight}."),
+            _qa(rng, f"Who did they meet in {place}? | Whom did they meet in"
+                f" {place}?", f"In {place} they met a {sight}."),
             _qa(rng, f"On which day did they reach {place}? | When did they reach {place}?",
                 f"They reached {place} on day {day}."),
         ]  # fmt: skip

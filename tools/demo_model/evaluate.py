@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlamaForCausalLM
 
-from microserve.tools.demo_model import corpus, facts, json_tasks, lists, smalltalk, stories, sums
+from microserve.tools.demo_model import corpus, json_tasks, lists, smalltalk, stories, sums
 from microserve.tools.demo_model.batches import encode_prompt
 from microserve.tools.demo_model.exchange import Dialog, Exchange, Message, Split
 from microserve.tools.demo_model.model import CONTEXT, END_ID, PAD_ID
+from microserve.tools.demo_model.relations import RELATIONS
 from microserve.tools.demo_model.tokenizer import BUNDLED, load
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def question_sets(tokenizer: Tokenizer, seed: int, size: int) -> dict[str, list[
     rng = Random(f"{seed}/evaluate")
     held = Split.HELD_OUT
     sets: dict[str, list[Dialog]] = {
-        "facts": [_ask(relation.exchange(rng, held, pair)) for relation in facts.RELATIONS for pair in relation.pairs],
+        "facts": [_ask(relation.exchange(rng, held, pair)) for relation in RELATIONS for pair in relation.pairs],
         "add": [_ask(sums.two_digit(rng, sums.ADD, held)) for _ in range(size)],
         "subtract": [_ask(sums.two_digit(rng, sums.SUBTRACT, held)) for _ in range(size)],
         "json": [_ask(json_tasks.draw(rng, held)) for _ in range(size)],
@@ -79,13 +80,18 @@ def question_sets(tokenizer: Tokenizer, seed: int, size: int) -> dict[str, list[
         "says it does not know": [_ask(smalltalk.unknown(rng)) for _ in range(size // 2)],
     }
     for tokens in (500, 1000, 2000, 3500):
-        dialogs: list[Dialog] = []
-        while len(dialogs) < max(1, size // 4):
-            dialog = _single_question(corpus.document(rng, rng.randint(tokens // 28, tokens // 9)))
-            if 0.9 * tokens < len(encode_prompt(tokenizer, dialog.messages[:-1])) <= 1.1 * tokens:
-                dialogs.append(dialog)
-        sets[f"documents of about {tokens:,} tokens"] = dialogs
+        sets[f"documents of about {tokens:,} tokens"] = document_questions(tokenizer, rng, tokens, max(1, size // 4))
     return sets
+
+
+def document_questions(tokenizer: Tokenizer, rng: Random, tokens: int, n: int) -> list[Dialog]:
+    """Single questions about documents, whose prompts are within a tenth of so many tokens."""
+    dialogs: list[Dialog] = []
+    while len(dialogs) < n:
+        dialog = _single_question(corpus.document(rng, rng.randint(tokens // 28, tokens // 9)))
+        if 0.9 * tokens < len(encode_prompt(tokenizer, dialog.messages[:-1])) <= 1.1 * tokens:
+            dialogs.append(dialog)
+    return dialogs
 
 
 def _single_question(dialog: Dialog) -> Dialog:
@@ -111,7 +117,9 @@ class Model:
         found: dict[int, Answer] = {}
         while order:
             width = len(encoded[order[0]])
-            chosen = [i for n, i in enumerate(order) if (n + 1) * (len(encoded[i]) + limit) <= tokens_a_batch][:256] or order[:1]
+            chosen = [i for n, i in enumerate(order) if (n + 1) * (len(encoded[i]) + limit) <= tokens_a_batch][
+                :256
+            ] or order[:1]
             order = order[len(chosen) :]
             width = max(len(encoded[i]) for i in chosen)
             ids = torch.full((len(chosen), width), PAD_ID)
@@ -182,6 +190,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=400, help="questions in a set (default 400; facts: all of them)")
     parser.add_argument("--misses", type=int, default=0, help="wrong answers to print for each set (default 0)")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--record", action="store_true", help="put the figures into training.json beside the model")
     arguments = parser.parse_args()
     began = time.perf_counter()
     scores = evaluate(Model(arguments.model, arguments.device), arguments.seed, arguments.size, arguments.misses)
@@ -190,9 +199,17 @@ def main() -> int:
         target = f"{TARGETS[line.name]:.0%}" if line.name in TARGETS else ""
         print(f"{line.name:<40}{line.questions:>10}{line.exact:>9.1%}{line.stopped:>9.1%}{target:>9}")
     print(f"{time.perf_counter() - began:.0f} s, float32 on {arguments.device}, seed {arguments.seed}")
+    figures = {
+        line.name: {"questions": line.questions, "exact": round(line.exact, 4), "stopped": round(line.stopped, 4)}
+        for line in scores
+    }
     if arguments.json:
-        figures = {line.name: {"questions": line.questions, "exact": line.exact, "stopped": line.stopped} for line in scores}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.record:
+        path = arguments.model / "training.json"
+        summary = json.loads(path.read_text())
+        summary["held_out_questions"] = {"seed": arguments.seed, "device": arguments.device, "sets": figures}
+        path.write_text(json.dumps(summary, indent=2) + "\n")
     return int(any(line.exact < TARGETS.get(line.name, 0.0) for line in scores))
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from random import Random
 
 
 class Split(Enum):
@@ -79,7 +82,7 @@ def pick(rng: Random, train: tuple[str, ...], held_out: tuple[str, ...], split: 
 
 
 def dress(rng: Random, ask: str) -> str:
-    """Vary how a question is typed: greetings around it, lower case, a missing or wrong final mark, a swapped letter pair."""
+    """Vary how a question is typed: words around it, lower case, a missing or wrong final mark, swapped letters."""
     draw = rng.random()
     if draw < 0.55:
         return ask

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from microserve.tools.demo_model import words
 from microserve.tools.demo_model.exchange import Exchange, capital, dress
-from microserve.tools.demo_model.facts import RELATIONS
+from microserve.tools.demo_model.relations import RELATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def count_range(rng: Random) -> Exchange:
     step = 1 if long else rng.choice((1, 1, 1, 1, 2, 5, 10))
     numbers = list(range(start, start + length * step, step))
     if len(numbers) == 100 and start == 0:
-        numbers = numbers[1:] + [100]
+        numbers = [*numbers[1:], 100]
     backwards = rng.random() < 0.2
     if backwards:
         numbers.reverse()
@@ -38,13 +38,17 @@ def count_range(rng: Random) -> Exchange:
     back = rng.choice((" backwards", " down")) if backwards else ""
     ask = _choice(
         rng,
-        "Count{back} from {a} to {b}{by}. | Please count{back} from {a} to {b}{by}. | Can you count{back} from {a} to {b}{by}?"
+        "Count{back} from {a} to {b}{by}. | Please count{back} from {a} to {b}{by}. | Can you count{back} from"
+        " {a} to {b}{by}?"
         " | Count{back}{by} from {a} to {b}. | List the numbers{back} from {a} to {b}{by}. | Say the numbers{back} from"
-        " {a} to {b}{by}. | Write the numbers{back} from {a} to {b}{by}. | I want you to count{back} from {a} to {b}{by}."
+        " {a} to {b}{by}. | Write the numbers{back} from {a} to {b}{by}. | I want you to count{back} from {a} to"
+        " {b}{by}."
         " | Start at {a} and count{back} to {b}{by}. | Give me the numbers{back} from {a} to {b}{by}.",
     ).format(a=a, b=b, by=by, back=back)
     if a == 1 and step == 1 and not backwards and rng.random() < 0.5:
-        ask = _choice(rng, "Count to {b}. | Count up to {b}. | Please count to {b}. | Can you count to {b}?").format(b=b)
+        ask = _choice(rng, "Count to {b}. | Count up to {b}. | Please count to {b}. | Can you count to {b}?").format(
+            b=b
+        )
     return Exchange("list/count", dress(rng, ask), _comma(numbers) + ".")
 
 
@@ -54,8 +58,10 @@ def how_many(rng: Random) -> Exchange:
     n = len(items)
     ask = _choice(
         rng,
-        "How many items are in this list: {l}? | How many words are here: {l} | Count the words: {l} | Count these: {l}."
-        " | How many things are in the list {l}? | Count the items: {l}. | How many are these: {l}? | {l}: how many items?"
+        "How many items are in this list: {l}? | How many words are here: {l} | Count the words: {l} | Count"
+        " these: {l}."
+        " | How many things are in the list {l}? | Count the items: {l}. | How many are these: {l}? | {l}: how"
+        " many items?"
         " | How many items does this list have: {l} | Please count the items in this list: {l}.",
     ).format(l=_comma(items))
     reply = f"There are {n} items in the list." if n > 1 else "There is 1 item in the list."
@@ -99,7 +105,9 @@ def extreme(rng: Random) -> Exchange:
         " | Which number is the {w}: {l}? | Tell me the {w} of {l}. | The {w} number in {l}?"
         " | What is the {w} number in this list: {l}",
     ).format(w=word, l=_comma(numbers))
-    return Exchange("list/extreme", dress(rng, ask), f"The {'largest' if word == 'biggest' else word} number is {value}.")
+    return Exchange(
+        "list/extreme", dress(rng, ask), f"The {'largest' if word == 'biggest' else word} number is {value}."
+    )
 
 
 def sort_words(rng: Random) -> Exchange:
@@ -124,7 +132,7 @@ def reverse_list(rng: Random) -> Exchange:
         " | Turn this list around: {l} | Say these in reverse order: {l} | Can you reverse {l}? | Reverse: {l}"
         " | List these from last to first: {l} | Give me this list in reverse: {l}",
     ).format(l=_comma(items))
-    return Exchange("list/reverse", dress(rng, ask), _comma(reversed(items)) + ".")
+    return Exchange("list/reverse", dress(rng, ask), _comma(items[::-1]) + ".")
 
 
 _LETTER_BLOCKS = ((0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x4E00, 0x4FFF), (0x3041, 0x3093), (0x1F600, 0x1F64F))
@@ -138,7 +146,9 @@ def odd_text(rng: Random) -> str:
         if draw < 0.45:
             parts.append("".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8))))
         elif draw < 0.6:
-            parts.append("".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") for _ in range(rng.randint(2, 8))))
+            parts.append(
+                "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") for _ in range(rng.randint(2, 8)))
+            )
         else:
             low, high = rng.choice(_LETTER_BLOCKS)
             parts.append("".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 4))))
@@ -159,8 +169,10 @@ def repeat(rng: Random) -> Exchange:
     text = odd_text(rng) if rng.random() < 0.5 else plain_text(rng)
     ask = _choice(
         rng,
-        "Repeat after me: {t} | Repeat: {t} | Say: {t} | Please repeat this: {t} | Echo: {t} | Say this: {t} | Copy this: {t}"
-        " | Repeat this text: {t} | Can you repeat this? {t} | Write exactly this: {t} | Say exactly: {t} | Echo this: {t}",
+        "Repeat after me: {t} | Repeat: {t} | Say: {t} | Please repeat this: {t} | Echo: {t} | Say this: {t} |"
+        " Copy this: {t}"
+        " | Repeat this text: {t} | Can you repeat this? {t} | Write exactly this: {t} | Say exactly: {t} | Echo"
+        " this: {t}",
     ).format(t=text)
     return Exchange("list/repeat", ask, text)
 
@@ -170,10 +182,14 @@ def spell_word(rng: Random) -> Exchange:
     word = rng.choice(words.COMMON_WORDS)
     draw = rng.random()
     if draw < 0.4:
-        ask = _choice(rng, "Spell {w}. | Spell the word {w}. | How do you spell {w}? | Please spell {w}. | Can you spell {w}?")
+        ask = _choice(
+            rng, "Spell {w}. | Spell the word {w}. | How do you spell {w}? | Please spell {w}. | Can you spell {w}?"
+        )
         reply = "-".join(word.upper()) + "."
     elif draw < 0.6:
-        ask = _choice(rng, "What is the first letter of {w}? | First letter of {w}? | Which letter does {w} begin with?")
+        ask = _choice(
+            rng, "What is the first letter of {w}? | First letter of {w}? | Which letter does {w} begin with?"
+        )
         reply = f"The first letter of {word} is {word[0].upper()}."
     elif draw < 0.8:
         ask = _choice(rng, "What is the last letter of {w}? | Last letter of {w}? | Which letter does {w} end with?")
@@ -194,15 +210,19 @@ def change_case(rng: Random) -> Exchange:
             " | Please write {t} in capital letters. | Capitalise {t}. | Convert to upper case: {t} | Shout: {t}",
         ).format(t=text)
         return Exchange("list/upper", ask, text.upper())
-    ask = _choice(rng, "Write this in lower case: {t} | Lower case: {t} | Make this lower case: {t} | Convert to lower case: {t}")
+    ask = _choice(
+        rng, "Write this in lower case: {t} | Lower case: {t} | Make this lower case: {t} | Convert to lower case: {t}"
+    )
     return Exchange("list/lower", ask.format(t=text.upper()), text)
 
 
-_DEEDS = (
+_DEEDS = str.split(
     "open the door|close the window|give me the cup|pass the salt|bring the book|wait for me|turn on the lamp"
-    "|help me with the boxes|tell me a story|show me the map|carry the basket|clean the table|call the doctor|feed the cat"
-    "|water the flowers|sing a song|write a letter|find my keys|light the candle|come to the garden|paint the fence"
-).split("|")
+    "|help me with the boxes|tell me a story|show me the map|carry the basket|clean the table|call the"
+    " doctor|feed the cat"
+    "|water the flowers|sing a song|write a letter|find my keys|light the candle|come to the garden|paint the fence",
+    "|",
+)
 
 
 def polite(rng: Random) -> Exchange:
@@ -210,7 +230,8 @@ def polite(rng: Random) -> Exchange:
     deed = rng.choice(_DEEDS)
     ask = _choice(
         rng,
-        "Rephrase politely: {D}. | Say this politely: {D}. | Make this polite: {D}! | Turn this into a polite request: {D}."
+        "Rephrase politely: {D}. | Say this politely: {D}. | Make this polite: {D}! | Turn this into a polite"
+        " request: {D}."
         " | How do I say this politely: {D}? | Please rephrase this politely: {D}. | Make it friendly: {D}!",
     ).format(D=capital(deed))
     return Exchange("list/polite", ask, f"Could you please {deed}?")
@@ -243,7 +264,9 @@ def rephrase(rng: Random) -> Exchange:
         ask = _choice(rng, "Make this a question: {s} | Turn this into a question: {s} | Rephrase as a question: {s}")
         reply = question.format(**fill)
     else:
-        ask = _choice(rng, "Negate this: {s} | Make this negative: {s} | Say the opposite of this: {s} | Deny this: {s}")
+        ask = _choice(
+            rng, "Negate this: {s} | Make this negative: {s} | Say the opposite of this: {s} | Deny this: {s}"
+        )
         reply = negative.format(**fill)
     return Exchange("list/rephrase", ask.format(s=statement.format(**fill)), reply)
 
@@ -265,5 +288,5 @@ _GENERATORS: tuple[tuple[Callable[[Random], Exchange], float], ...] = (
 
 def draw(rng: Random) -> Exchange:
     """A random task of this module."""
-    generators, weights = zip(*_GENERATORS, strict=True)
-    return rng.choices(generators, weights)[0](rng)
+    generator = rng.choices([one for one, _ in _GENERATORS], [weight for _, weight in _GENERATORS])[0]
+    return generator(rng)

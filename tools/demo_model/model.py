@@ -20,7 +20,7 @@ PAD_ID, END_ID = 0, 1
 def new_model(vocabulary: int, seed: int, layers: int = 8) -> LlamaForCausalLM:
     """A fresh Llama with 4 query heads and 2 key-value heads of 64, about seven million parameters at 8 layers."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    shape: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=704,
@@ -36,8 +36,9 @@ def new_model(vocabulary: int, seed: int, layers: int = 8) -> LlamaForCausalLM:
         eos_token_id=END_ID,
         pad_token_id=PAD_ID,
     )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=False)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    generation: Callable[..., GenerationConfig] = GenerationConfig
+    model.generation_config = generation(eos_token_id=END_ID, pad_token_id=PAD_ID, do_sample=False)
     # residual branches start small, so that the depth does not blow up the residual stream
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,10 +11,11 @@ from microserve.tools.demo_model.exchange import Exchange, article, capital, dre
 if TYPE_CHECKING:
     from random import Random
 
-HEROES = (
+HEROES = str.split(
     "fox|cat|dog|mouse|owl|rabbit|bear|hedgehog|duck|frog|horse|goat|squirrel|turtle|penguin|donkey|lion|wolf|bird|robot"
-    "|dragon|giant|wizard|knight|princess|baker|fisher|gardener|clockmaker|sailor"
-).split("|")
+    "|dragon|giant|wizard|knight|princess|baker|fisher|gardener|clockmaker|sailor",
+    "|",
+)
 _PLACES = (
     ("forest", "in a quiet forest"),
     ("village", "in a small village"),
@@ -60,6 +61,7 @@ _WORK = (
     "They followed the stars, one step after another.",
     "They lit a fire, and the light showed them the way.",
 )
+_FOUND = ("under a stone", "in a hollow tree", "behind the door", "at the bottom of a basket", "in a bird nest")
 _FEELINGS = ("happy", "proud", "thankful", "tired but happy", "full of joy", "glad")
 _ENDINGS = (
     "That evening they danced until the moon came up.",
@@ -167,7 +169,7 @@ def tell(rng: Random, plot: Plot) -> str:
         parts += [line.format(**fill) for line in rng.sample(_MIDDAY, rng.randint(4, len(_MIDDAY)))]
         parts.append(f'"{rng.choice(_MORALS)[:-1]}," said {friend_name}, and {plot.name} nodded.')
     if lost:
-        parts.append(f"At last {plot.name} found the {treasure} {rng.choice(('under a stone', 'in a hollow tree', 'behind the door', 'at the bottom of a basket', 'in a bird nest'))}.")  # noqa: E501
+        parts.append(f"At last {plot.name} found the {treasure} {rng.choice(_FOUND)}.")
     else:
         parts.append(f"At last {plot.name} could {skill}.")
     parts.append(f"{plot.name} was {rng.choice(_FEELINGS)}.")

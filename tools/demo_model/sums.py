@@ -32,8 +32,10 @@ def _op(name: str, sign: str, asks: str, held_asks: str) -> Operation:
 
 
 _SIGN_ASKS = (
-    "{a} {s} {b} | {a} {s} {b} = | {a} {s} {b} = ? | {a}{s}{b} | {a}{s}{b}= | What is {a} {s} {b}? | What's {a} {s} {b}?"
-    " | What is {a}{s}{b}? | Calculate {a} {s} {b}. | Compute {a} {s} {b}. | How much is {a} {s} {b}? | Work out {a} {s} {b}."
+    "{a} {s} {b} | {a} {s} {b} = | {a} {s} {b} = ? | {a}{s}{b} | {a}{s}{b}= | What is {a} {s} {b}? | What's {a}"
+    " {s} {b}?"
+    " | What is {a}{s}{b}? | Calculate {a} {s} {b}. | Compute {a} {s} {b}. | How much is {a} {s} {b}? | Work out"
+    " {a} {s} {b}."
     " | Solve {a} {s} {b}. | Please compute {a} {s} {b}. | Can you work out {a} {s} {b}? | {a} {s} {b} is what?"
     " | {a} {s} {b}, please. | Tell me {a} {s} {b}. | What do you get for {a} {s} {b}? | Can you calculate {a} {s} {b}?"
     " | What does {a} {s} {b} equal? | {a} {s} {b} equals what? | Do the sum {a} {s} {b}. | Answer: {a} {s} {b} | "
@@ -59,11 +61,14 @@ SUBTRACT = _op(
     _SIGN_ASKS + "What is {a} minus {b}? | How much is {a} minus {b}? | Subtract {b} from {a}. | Take {b} from {a}."
     " | What is the difference of {a} and {b}? | {a} minus {b}? | What is {a} less {b}? | Take away {b} from {a}."
     " | Please subtract {b} from {a}. | What do you get if you subtract {b} from {a}? | What remains of {a} minus {b}?"
-    " | Find the difference of {a} and {b}. | If I have {a} and give away {b}, how many are left? | {a} minus {b} is what?"
-    " | What is left of {a} when I take away {b}? | How much remains of {a} after taking {b}? | What remains if I take {b}"
+    " | Find the difference of {a} and {b}. | If I have {a} and give away {b}, how many are left? | {a} minus {b}"
+    " is what?"
+    " | What is left of {a} when I take away {b}? | How much remains of {a} after taking {b}? | What remains if I"
+    " take {b}"
     " from {a}? | I had {a} and lost {b}. How many are left? | How many are left when {b} of {a} are gone?"
     " | How much is {a} if you take away {b}? | What is left when you take {b} from {a}?",
-    _HELD_SIGN_ASKS + "Could you subtract {b} from {a}? | Tell me {a} minus {b}. | How much is left of {a} if I take {b}?"
+    _HELD_SIGN_ASKS
+    + "Could you subtract {b} from {a}? | Tell me {a} minus {b}. | How much is left of {a} if I take {b}?"
     " | What number is {a} minus {b}?",
 )
 MULTIPLY = _op(
@@ -76,7 +81,8 @@ MULTIPLY = _op(
 DIVIDE = _op(
     "divide",
     "/",
-    _SIGN_ASKS + "What is {a} divided by {b}? | {a} divided by {b}? | Divide {a} by {b}. | How much is {a} divided by {b}?"
+    _SIGN_ASKS
+    + "What is {a} divided by {b}? | {a} divided by {b}? | Divide {a} by {b}. | How much is {a} divided by {b}?"
     " | How many times does {b} go into {a}? | Share {a} among {b}. | Find {a} divided by {b}.",
     _HELD_SIGN_ASKS + "Could you divide {a} by {b}? | Tell me {a} divided by {b}. | What number is {a} divided by {b}?",
 )
@@ -154,7 +160,9 @@ def word_problem(rng: Random) -> Exchange:
         if operation is ADD
         else ("gives away {b}", "loses {b}", "sells {b}", "breaks {b}")
     ).format(b=said_b)
-    question = rng.choice((f"How many {thing} does {name} have now?", f"How many {thing} are there now?", "How many now?"))
+    question = rng.choice(
+        (f"How many {thing} does {name} have now?", f"How many {thing} are there now?", "How many now?")
+    )
     ask = f"{name} has {said_a} {thing} and {verb}. {question}"
     value = result(operation, a, b)
     reply = f"{name} has {value} {thing} now, because {sentence(operation, a, b)}"
@@ -168,11 +176,18 @@ def comparison(rng: Random) -> Exchange:
     words_for = ("larger", "bigger", "greater") if larger else ("smaller", "less")
     word = rng.choice(words_for)
     template = rng.choice(
-        ("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "What is {w}, {a} or {b}?", "{a} or {b}: which is {w}?")
+        (
+            "Which is {w}, {a} or {b}?",
+            "Which number is {w}: {a} or {b}?",
+            "What is {w}, {a} or {b}?",
+            "{a} or {b}: which is {w}?",
+        )
     )
     low, high = sorted((a, b))
     reply = f"{high} is larger than {low}." if larger else f"{low} is smaller than {high}."
-    return Exchange("sum/comparison", dress(rng, template.format(w=word, a=a, b=b)), reply, str(high if larger else low))
+    return Exchange(
+        "sum/comparison", dress(rng, template.format(w=word, a=a, b=b)), reply, str(high if larger else low)
+    )
 
 
 def follow_up(rng: Random, value: int) -> Exchange | None:
@@ -181,8 +196,11 @@ def follow_up(rng: Random, value: int) -> Exchange | None:
     b = rng.randint(1, 20)
     if not 0 <= value <= 99 or (operation is SUBTRACT and b > value) or is_held_out(operation, value, b):
         return None
-    verbs = ("Add {b}.", "Now add {b}.", "Add {b} to that.", "And plus {b}?") if operation is ADD else (
-        "Subtract {b}.", "Now subtract {b}.", "Take {b} from that.", "And minus {b}?")
+    verbs = (
+        ("Add {b}.", "Now add {b}.", "Add {b} to that.", "And plus {b}?")
+        if operation is ADD
+        else ("Subtract {b}.", "Now subtract {b}.", "Take {b} from that.", "And minus {b}?")
+    )
     return Exchange(
         "sum/follow-up", rng.choice(verbs).format(b=b), sentence(operation, value, b), str(result(operation, value, b))
     )

@@ -253,7 +253,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("an engine", "An engine is a process that holds one model and turns token ids into more token ids."),
     ("a router", "A router is the process that speaks HTTP, picks engines and runs a strategy for each request."),
     ("a strategy", "A strategy is a short program that says which engine does what for a request."),
-    ("a KV cache", "A KV cache keeps the keys and values of tokens that were already read, so nobody computes them twice."),
+    (
+        "a KV cache",
+        "A KV cache keeps the keys and values of tokens that were already read, so nobody computes them twice.",
+    ),
     ("a prefix tree", "A prefix tree finds the longest start of a prompt whose pages are already in the cache."),
     ("a page", "A page holds the keys and values of a few consecutive tokens."),
     ("a lease", "A lease is the right to fill some pages of an engine until a deadline."),

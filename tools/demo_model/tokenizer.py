@@ -25,7 +25,9 @@ PAD, END, ROLES = "<|pad|>", "<|end|>", {"system": "<|system|>", "user": "<|user
 SPECIAL = (PAD, END, *ROLES.values())  # ids 0..4, in this order
 
 # Words keep the space before them; every digit stands alone, so that sums can be learnt digit by digit.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

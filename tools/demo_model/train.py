@@ -12,9 +12,8 @@ import json
 import math
 import os
 import platform
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from microserve.tools.demo_model import corpus, model as shape
+from microserve.tools.demo_model import corpus
+from microserve.tools.demo_model import model as shape
 from microserve.tools.demo_model.batches import Batches, encode, make, pack
 from microserve.tools.demo_model.exchange import Dialog, Message, Split
+from microserve.tools.demo_model.settings import Settings
 from microserve.tools.demo_model.tokenizer import BUNDLED, load
 
 if TYPE_CHECKING:
@@ -35,27 +36,13 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Everything that the result follows from, but for the rounding of the hardware."""
-
-    seed: int = 1
-    steps: int = 12_000
-    rows: int = 32
-    length: int = 4096
-    rate: float = 2e-3
-    warmup: int = 300
-    decay: float = 0.1
-    layers: int = 8
-    long_from: float = 0.35
-    longest: int = 320
-
-
 class Trainer:
     """Model, optimizer and schedule; `step` takes one packed batch."""
 
     def __init__(self, model: LlamaForCausalLM, settings: Settings, device: str) -> None:
-        self.model, self.settings, self.device = model.to(device), settings, device
+        placed: Any = model
+        self.model: LlamaForCausalLM = placed.to(device)
+        self.settings, self.device = settings, device
         self.flex = device != "cpu"
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -78,7 +65,8 @@ class Trainer:
         mask = shape.document_attention(document, 128 if self.flex else None)
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.flex):
             hidden = shape.hidden_states(self.model, ids, positions, mask, self.run_layer)
-            logits = functional.linear(hidden.flatten(0, 1)[where], self.model.get_input_embeddings().weight)
+            embedding: Any = self.model.get_input_embeddings()
+            logits = functional.linear(hidden.flatten(0, 1)[where], embedding.weight)
         return functional.cross_entropy(logits.float(), target)
 
     def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
@@ -86,7 +74,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         loss = self.loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +108,7 @@ def held_out_losses(trainer: Trainer, folder: Path, settings: Settings) -> dict[
 
 def save(model: LlamaForCausalLM, folder: Path, summary: dict[str, Any]) -> None:
     """Write the bfloat16 checkpoint and the summary; the model in memory stays float32."""
-    copy = shape.new_model(model.config.vocab_size, 0, model.config.num_hidden_layers)
+    copy: Any = shape.new_model(model.config.vocab_size, 0, model.config.num_hidden_layers)
     copy.load_state_dict({name: value.detach().cpu() for name, value in model.state_dict().items()})
     copy.to(torch.bfloat16).save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -148,13 +136,13 @@ def main() -> None:
     torch.set_num_threads(1)  # its spinning threads would take the cores of the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     tokenizer = load(arguments.tokenizer)
-    trainer = Trainer(shape.new_model(tokenizer.get_vocab_size(), settings.seed, settings.layers), settings, arguments.device)
+    trainer = Trainer(
+        shape.new_model(tokenizer.get_vocab_size(), settings.seed, settings.layers), settings, arguments.device
+    )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters:,} parameters, {settings}", flush=True)
     loader = DataLoader(
-        Batches(
-            arguments.tokenizer, settings.seed, settings.steps, settings.rows, settings.length, settings.long_from, settings.longest
-        ),
+        Batches(arguments.tokenizer, settings),
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=8 if arguments.workers else None,
@@ -187,8 +175,14 @@ def main() -> None:
         if (step + 1) % every == 0 or step < 3:
             n = every if step >= 3 else 1
             seconds = time.perf_counter() - began
-            log.append({"step": step + 1, "loss": round(float(learnt) / n, 4), "tokens": seen, "seconds": round(seconds, 1)})
-            print(f"step {step + 1} loss {float(learnt) / n:.4f} tokens {seen / 1e6:.1f}M after {seconds:.1f} s, waited {waited:.1f} s", flush=True)
+            log.append(
+                {"step": step + 1, "loss": round(float(learnt) / n, 4), "tokens": seen, "seconds": round(seconds, 1)}
+            )
+            print(
+                f"step {step + 1} loss {float(learnt) / n:.4f} tokens {seen / 1e6:.1f}M after {seconds:.1f} s,"
+                f" waited {waited:.1f} s",
+                flush=True,
+            )
             learnt.zero_()
         if (step + 1) % arguments.save_every == 0:
             save(trainer.model, arguments.out, summary)
@@ -200,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,11 @@
 """Facts about animals, colours and words that the demo model learns, and the word lists of the generators."""
 
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
 # animal, what it does (sound), its young, its class, legs, where it lives; an empty string is "not asked"
 ANIMALS: tuple[tuple[str, str, str, str, int, str], ...] = (
     ("dog", "barks", "puppy", "mammal", 4, "in a kennel"),
@@ -244,41 +250,41 @@ PAST_TENSES: tuple[tuple[str, str], ...] = (
     ("stop", "stopped"),
 )
 
-NAMES = tuple(
+NAMES = _listed(
     "Ada Alan Alma Amir Anna Anton Aria Asha Ben Bella Bruno Carla Cleo Clara Dan Dara Diego Dora Eddie Ella Emil Emma "
     "Eva Felix Finn Flora Frida Gala Gina Greta Hana Hugo Ida Igor Ines Iris Ivan Jack Jana Jonas Julia Kai Kara Karl "
     "Kim Lara Lea Leo Lena Lina Lucy Luis Luna Maia Mara Marco Maria Mark Max Maya Mia Mila Mina Nadia Nia Nico Nina "
     "Noah Nora Olga Oliver Omar Oscar Otto Pablo Paula Pia Priya Ravi Rita Robin Rosa Ruth Sam Sara Sasha Selma Simon "
-    "Sofia Stella Tara Theo Tim Tina Tom Ugo Uma Vera Victor Viola Walter Wanda Willa Yara Yuri Zoe".split()
+    "Sofia Stella Tara Theo Tim Tina Tom Ugo Uma Vera Victor Viola Walter Wanda Willa Yara Yuri Zoe"
 )
 
-JOBS = tuple(
+JOBS = _listed(
     "baker carpenter doctor farmer fisher gardener librarian mechanic miller nurse painter pilot plumber postman "
-    "potter sailor singer smith tailor teacher weaver writer clockmaker beekeeper cook dancer builder shepherd".split()
+    "potter sailor singer smith tailor teacher weaver writer clockmaker beekeeper cook dancer builder shepherd"
 )
 
-FOODS = tuple(
+FOODS = _listed(
     "bread cheese soup rice apples pears plums honey noodles pancakes dumplings porridge lentils mushrooms carrots "
-    "beans cherries grapes walnuts olives tomatoes potatoes".split()
+    "beans cherries grapes walnuts olives tomatoes potatoes"
 )
 
-THINGS = tuple(
+THINGS = _listed(
     "apples books boxes lamps cups keys stones coins pencils shells bottles candles chairs ropes hats boots bells "
-    "spoons ribbons maps baskets buttons marbles blankets kettles ladders mirrors clocks brushes drums".split()
+    "spoons ribbons maps baskets buttons marbles blankets kettles ladders mirrors clocks brushes drums"
 )
 
-MATERIALS = tuple("brass copper wooden silver glass paper clay iron leather woollen golden stone".split())
+MATERIALS = _listed("brass copper wooden silver glass paper clay iron leather woollen golden stone")
 
-COLOUR_NAMES = tuple("red blue green yellow orange purple pink brown black white grey".split())
+COLOUR_NAMES = _listed("red blue green yellow orange purple pink brown black white grey")
 
-ADJECTIVES = tuple(
-    "little brave gentle clever curious quiet cheerful kind patient sleepy proud shy merry honest lonely busy".split()
+ADJECTIVES = _listed(
+    "little brave gentle clever curious quiet cheerful kind patient sleepy proud shy merry honest lonely busy"
 )
 
-COMMON_WORDS = tuple(
+COMMON_WORDS = _listed(
     "apple bird boat book bread bridge candle castle cat chair cloud coat coin cup dog door drum feather fire fish "
     "flower forest fox garden ghost glass hat hill honey horse house island jar key king kite ladder lake lamp leaf "
     "letter lion map mirror moon mountain mouse nest night ocean orange owl paper pear pencil piano pond queen rabbit "
     "rain ring river road rope rose sail sand shell ship shoe snow song spoon star stone storm sun table tiger tower "
-    "train tree umbrella valley village violin wagon water wheel wind window winter wolf yard zebra".split()
+    "train tree umbrella valley village violin wagon water wheel wind window winter wolf yard zebra"
 )
