@@ -195,14 +195,17 @@ class Engine:
     async def stop(self) -> None:
         """Leaves the routers, ends the step thread, closes the executor. Idempotent."""
         self.verbs.end_all(Draining("this engine stops"))
-        if self._announcer is not None:
-            self._publish("stopping")
-            await self._announcer.leave()
-            self._announcer = None
-        await asyncio.to_thread(self._steps.stop)
-        if self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
+        try:
+            if self._announcer is not None:
+                self._publish("stopping")
+                announcer, self._announcer = self._announcer, None
+                await announcer.leave()
+        finally:
+            # Whatever becomes of the goodbye, the thread must not outlive us.
+            await asyncio.to_thread(self._steps.stop)
+            if self._publisher is not None:
+                self._publisher.close()
+                self._publisher = None
         if self._crash.done():
             self._crash.exception()  # `run` has raised it, or something else ended it first.
 

@@ -1,8 +1,8 @@
 """The executor in plain torch: runs on any machine's CPU, and is the reference for every other executor.
 
 A step's slices are computed in one pass of the decoder; only attention looks at them one by one. Decodes attend as one
-padded batch, prefill chunks one at a time. Keys and values are written to, and gathered from, the pool by row number: the
-pool seen as rows of head_dim (one token, one head, one layer) or of page_size * head_dim (one page of those).
+padded batch, prefill chunks one at a time. Keys and values are written and gathered by row number, with the pool seen
+as rows of head_dim (one token, one head, one layer) or of page_size * head_dim (one page of those).
 """
 
 from __future__ import annotations

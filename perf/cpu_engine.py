@@ -105,7 +105,8 @@ def _transformers(checkpoint: Path) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.eval()
 
     def run(prompts: Sequence[np.ndarray], count: int) -> None:
         ids = torch.from_numpy(np.stack(prompts).astype(np.int64))

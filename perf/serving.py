@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -111,10 +112,12 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
     if args.url:
         yield args.url.rstrip("/")
         return
-    from tests.cluster import Cluster
+    from tests.cluster import FAKE, Cluster
 
-    with Cluster(engines=args.engines, executor=args.executor, model=args.model) as cluster:
-        yield cluster.http_url
+    threads = max(1, (os.cpu_count() or 1) // args.engines)
+    real = ("--executor", args.executor, "--model", args.model, "--threads", str(threads))
+    with Cluster(args.engines, engine_args=FAKE if args.executor == "fake" else real) as cluster:
+        yield cluster.http
 
 
 def _model(url: str) -> dict[str, Any]:

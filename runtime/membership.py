@@ -272,8 +272,10 @@ class Announcer:
         # A lost session ends the wait: the call that follows raises, and the router is dialled again at once.
         client.on_lost = lambda error: wake.set()
         while True:
+            # Not `wait_for`: before Python 3.12 it swallows a cancellation that comes with the wake-up.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wake.wait(), self._heartbeat)
+                async with asyncio.timeout(self._heartbeat):
+                    await wake.wait()
             wake.clear()
             info = self._info()
             try:

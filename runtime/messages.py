@@ -36,7 +36,7 @@ class Message(Struct, tag_field="t", omit_defaults=True, kw_only=True, frozen=Tr
 # --- session -------------------------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, tag="hello", frozen=True):
     """First message of a session, from the side that dialled."""
 
     version: int
@@ -46,7 +46,7 @@ class Hello(Message, tag="hello"):
     heartbeat: Seconds = 1.0
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", frozen=True):
     """The answer to `Hello`: the session is open."""
 
     version: int
@@ -56,15 +56,15 @@ class Welcome(Message, tag="welcome"):
     heartbeat: Seconds = 1.0
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, tag="ping", frozen=True):
     """Sent on an idle session; any message proves life, and `Ping` is the one with nothing else to say."""
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, tag="pong", frozen=True):
     """The answer to `Ping`."""
 
 
-class Bye(Message, tag="bye"):
+class Bye(Message, tag="bye", frozen=True):
     """The sender ends the session; what belonged to it is aborted."""
 
     reason: str = ""
@@ -109,7 +109,7 @@ class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=256)] = ()
 
 
-class StartGenerate(Message, tag="start_generate"):
+class StartGenerate(Message, tag="start_generate", frozen=True):
     """Match the prompt, prefill from `begin`, and stream tokens. Replies: `Part(Tokens)…`, then `Reply(Generated)`.
 
     `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the
@@ -138,7 +138,7 @@ class TokenLogprobs(Struct, array_like=True, frozen=True):
     top_logprobs: list[float] = []
 
 
-class Tokens(Message, tag="tokens"):
+class Tokens(Message, tag="tokens", frozen=True):
     """Tokens that one step added to one call (usually one)."""
 
     ids: TokenBytes
@@ -153,7 +153,7 @@ class Usage(Struct, omit_defaults=True, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
-class Generated(Message, tag="generated"):
+class Generated(Message, tag="generated", frozen=True):
     """The terminal reply of `StartGenerate`: `finish_reason` is "stop" (by `stop_token`) or "length"."""
 
     finish_reason: str
@@ -161,13 +161,13 @@ class Generated(Message, tag="generated"):
     stop_token: int | None = None
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, tag="abort", frozen=True):
     """End the named call. Idempotent. Reply: `Aborted` ("freed" or "unknown")."""
 
     sub_id: Name
 
 
-class Aborted(Message, tag="aborted"):
+class Aborted(Message, tag="aborted", frozen=True):
     outcome: str
 
 
@@ -241,14 +241,14 @@ class EngineInfo(Struct, omit_defaults=True, frozen=True, kw_only=True):
     """Unix time, seconds."""
 
 
-class Announce(Message, tag="announce"):
+class Announce(Message, tag="announce", frozen=True):
     """An engine to a router: here I am. Reply: `Ok`."""
 
     info: EngineInfo
     load: Load
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, tag="heartbeat", frozen=True):
     """An engine to a router, once a second and on changes of state. Reply: `Ok`, or `not_found` (announce again)."""
 
     engine_id: str
@@ -256,44 +256,44 @@ class Heartbeat(Message, tag="heartbeat"):
     load: Load
 
 
-class Leave(Message, tag="leave"):
+class Leave(Message, tag="leave", frozen=True):
     """An engine to a router: I am going. Reply: `Ok`."""
 
     engine_id: str
     epoch: int
 
 
-class Ok(Message, tag="ok"):
+class Ok(Message, tag="ok", frozen=True):
     """Done, with nothing to say."""
 
 
-class Info(Message, tag="info"):
+class Info(Message, tag="info", frozen=True):
     """Reply: `InfoReply`."""
 
 
-class InfoReply(Message, tag="info_reply"):
+class InfoReply(Message, tag="info_reply", frozen=True):
     info: EngineInfo
     load: Load
 
 
-class Stats(Message, tag="stats"):
+class Stats(Message, tag="stats", frozen=True):
     """Reply: `StatsReply`: counters and gauges by name, and `integrity` ("ok" or what is wrong)."""
 
 
-class StatsReply(Message, tag="stats_reply"):
+class StatsReply(Message, tag="stats_reply", frozen=True):
     values: dict[str, float]
     integrity: str = "ok"
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, tag="drain", frozen=True):
     """Finish what runs, refuse what is new. Reply: `Ok` at once; the state shows in the load."""
 
 
-class Resume(Message, tag="resume"):
+class Resume(Message, tag="resume", frozen=True):
     """Take new work again. Reply: `Ok`."""
 
 
-class EngineEvent(Message, tag="event"):
+class EngineEvent(Message, tag="event", frozen=True):
     """Published by an engine. `seq` counts from 1 within the epoch; a gap means that events were lost: ask `Info`."""
 
     engine_id: str
@@ -314,7 +314,7 @@ class ChatMessage(Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
 
-class Generate(Message, tag="generate"):
+class Generate(Message, tag="generate", frozen=True):
     """A client to a router: one choice of one request.
 
     Exactly one of `text`, `prompt` (token ids) and `messages` is given.
@@ -332,7 +332,7 @@ class Generate(Message, tag="generate"):
     timeout: Seconds | None = None
 
 
-class TextChunk(Message, tag="text"):
+class TextChunk(Message, tag="text", frozen=True):
     """New text and the token ids behind it. Text never ends within a UTF-8 sequence; ids may run ahead of the text."""
 
     text: str
@@ -340,7 +340,7 @@ class TextChunk(Message, tag="text"):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class Finished(Message, tag="finished"):
+class Finished(Message, tag="finished", frozen=True):
     """The end of a `Generate`. `strategy` is the version that served it; `engine` the one that decoded."""
 
     finish_reason: str
@@ -350,15 +350,15 @@ class Finished(Message, tag="finished"):
     engine: str = ""
 
 
-class ListModels(Message, tag="list_models"):
+class ListModels(Message, tag="list_models", frozen=True):
     """Reply: `Models`."""
 
 
-class Models(Message, tag="models"):
+class Models(Message, tag="models", frozen=True):
     models: list[ModelInfo]
 
 
-class Tokenize(Message, tag="tokenize"):
+class Tokenize(Message, tag="tokenize", frozen=True):
     """Reply: `Tokenized`."""
 
     text: str
@@ -366,18 +366,18 @@ class Tokenize(Message, tag="tokenize"):
     add_special_tokens: bool = True
 
 
-class Tokenized(Message, tag="tokenized"):
+class Tokenized(Message, tag="tokenized", frozen=True):
     ids: TokenBytes
 
 
-class Detokenize(Message, tag="detokenize"):
+class Detokenize(Message, tag="detokenize", frozen=True):
     """Reply: `Detokenized`."""
 
     ids: TokenBytes
     model: str = ""
 
 
-class Detokenized(Message, tag="detokenized"):
+class Detokenized(Message, tag="detokenized", frozen=True):
     text: str
 
 
@@ -392,11 +392,11 @@ class FleetEngine(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Seconds since its last heartbeat."""
 
 
-class Status(Message, tag="status"):
+class Status(Message, tag="status", frozen=True):
     """Reply: `StatusReply`."""
 
 
-class StatusReply(Message, tag="status_reply"):
+class StatusReply(Message, tag="status_reply", frozen=True):
     router: str
     epoch: int
     version: str
@@ -429,7 +429,7 @@ ReplyBody = (
 # --- RPC -----------------------------------------------------------------------------------------------------------
 
 
-class Call(Message, tag="call"):
+class Call(Message, tag="call", frozen=True):
     """Start a call. `budget` is the seconds that remain for all of it; the receiver stamps a deadline on arrival."""
 
     id: NonNegative
@@ -437,34 +437,34 @@ class Call(Message, tag="call"):
     budget: Seconds | None = None
 
 
-class Part(Message, tag="part"):
+class Part(Message, tag="part", frozen=True):
     """One piece of a streamed answer; never terminal."""
 
     id: NonNegative
     body: ReplyBody
 
 
-class Reply(Message, tag="reply"):
+class Reply(Message, tag="reply", frozen=True):
     """The terminal answer of a call that succeeded."""
 
     id: NonNegative
     body: ReplyBody
 
 
-class Failure(Message, tag="failure"):
+class Failure(Message, tag="failure", frozen=True):
     """The terminal answer of a call that failed. `id` None: the call's frame could not be decoded."""
 
     id: NonNegative | None
     error: ErrorInfo
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, tag="cancel", frozen=True):
     """The caller no longer wants the answer. The callee still sends one terminal (usually `cancelled`)."""
 
     id: NonNegative
 
 
-class Batch(Message, tag="batch"):
+class Batch(Message, tag="batch", frozen=True):
     """Answers of many calls in one message: what an engine's step sends to one router."""
 
     items: list[Part | Reply | Failure]

@@ -58,7 +58,7 @@ class Serving:
                     answer.tokens.extend(unpack_tokens(body.ids).tolist())
                     answer.logprobs.extend(body.logprobs or [])
                 else:
-                    answer.end = body  # type: ignore[assignment]
+                    answer.end = body
         self.scheduler.check_integrity()
         pages = self.cache.statistics()
         assert pages.free + pages.cached == pages.total, "pages are left behind"
@@ -71,7 +71,8 @@ class Oracle:
     def __init__(self, checkpoint: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        self.model.eval()
 
     def logprobs(self, prompt: np.ndarray, output: Sequence[int]) -> torch.Tensor:
         """Teacher-forced log probabilities [len(output), vocab]."""
@@ -92,7 +93,8 @@ class Oracle:
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
 
     def check(self, prompt: np.ndarray, answer: Answer, count: int) -> None:
         """The answer is the oracle's own greedy one, or leaves it first where its two best are within rounding."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from microserve.tools.demo_model import batches, corpus, evaluate, json_tasks, model, numerals, sums
 from microserve.tools.demo_model.exchange import Dialog, Exchange, Message, Split
 from microserve.tools.demo_model.relations import RELATIONS
 from microserve.tools.demo_model.tokenizer import BUNDLED, load
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILES = {
     "README.md",
@@ -44,7 +46,6 @@ def fast_tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def bundled() -> evaluate.Model:
-    torch.set_num_threads(2)
     return evaluate.Model(BUNDLED, "cpu")
 
 
@@ -178,7 +179,7 @@ def test_system_prompt_and_earlier_turns_are_used(bundled: evaluate.Model) -> No
 
 
 def test_questions_about_a_long_document(bundled: evaluate.Model) -> None:
-    sets = evaluate.document_questions(bundled.tokenizer, Random(10), 1000, 4)
+    sets = evaluate.document_questions(bundled.tokenizer, Random(10), 1000, 2)
     found = bundled.answers([dialog.messages[:-1] for dialog in sets], 64)
     assert [answer.text for answer in found] == [dialog.messages[-1].content for dialog in sets]
 
@@ -247,6 +248,7 @@ def test_packed_rows_give_the_logits_of_each_conversation_alone(tokenizer: Token
     with torch.no_grad():
         hidden = model.hidden_states(network, ids, positions, model.document_attention(document, None))
         for number, item in enumerate(sorted(encoded, key=lambda one: -len(one.ids)), 1):
+            assert positions[document == number].tolist() == list(range(len(item.ids)))
             alone = network(torch.tensor([item.ids])).logits[0]
             torch.testing.assert_close(hidden[document == number] @ embedding.weight.T, alone, atol=1e-5, rtol=1e-5)
 
@@ -267,4 +269,4 @@ def test_block_mask_covers_exactly_the_dense_mask() -> None:
 
 
 def test_bundled_folder_is_package_data() -> None:
-    assert BUNDLED == Path(__file__).resolve().parents[1] / "runtime" / "bundled" / "demo"
+    assert Path(__file__).resolve().parents[1] / "runtime" / "bundled" / "demo" == BUNDLED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ EOS = 31
 
 
 def start(
-    sequence: int = 1, *, history: list[int] | None = None, prompt: int = 0, seed: int = 0, **sampling: object
+    sequence: int = 1, *, history: list[int] | None = None, prompt: int = 0, seed: int = 0, **sampling: Any
 ) -> SequenceStart:
     known = np.array(history or [], dtype=np.int32)
-    return SequenceStart(sequence, known, prompt, SamplingParams(**sampling), seed, (EOS,))  # type: ignore[arg-type]
+    return SequenceStart(sequence, known, prompt, SamplingParams(**sampling), seed, (EOS,))
 
 
 def pick(logits: torch.Tensor, begun: SequenceStart, index: int = 0) -> Sampled:
@@ -82,7 +83,7 @@ def test_a_draw_is_the_same_alone_and_in_any_batch_and_order() -> None:
         assert {s.sequence: s.token for s in batch} == {i: alone[i] for i in order}
 
 
-def draws(count: int, logits: torch.Tensor, **sampling: object) -> np.ndarray:
+def draws(count: int, logits: torch.Tensor, **sampling: Any) -> np.ndarray:
     sampler = Sampler(VOCABULARY)
     sampler.start(start(seed=9, **sampling))
     rows = [(1, index) for index in range(count)]
@@ -128,7 +129,8 @@ def test_presence_and_frequency_count_output_only_and_grow_with_each_token() -> 
 
 
 def test_a_resumed_sequence_has_the_penalties_of_its_output_so_far() -> None:
-    logits, sampling = row(), {"temperature": 0.0, "frequency_penalty": 1.5, "repetition_penalty": 1.3}
+    logits = row()
+    sampling: dict[str, Any] = {"temperature": 0.0, "frequency_penalty": 1.5, "repetition_penalty": 1.3}
     sampler = Sampler(VOCABULARY)
     sampler.start(start(history=[4, 5], prompt=2, **sampling))
     through = [sampler.sample(logits.clone().unsqueeze(0), [(1, i)])[0].token for i in range(8)]

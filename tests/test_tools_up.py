@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 from rich.console import Console
 from tests.cluster import daemon_environ, free_ports

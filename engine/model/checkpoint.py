@@ -150,7 +150,9 @@ class _Loader:
     def load(self) -> DecoderWeights:
         config = self.config
         vocab, hidden = config.vocab_size, config.hidden_size
-        embedding = self.matrix(vocab, hidden, [("model.embed_tokens.weight", vocab)])
+        names = [("model.embed_tokens.weight", vocab)]
+        # Rows of the embedding are looked up; where it is the output matrix too, that product is what counts.
+        embedding = self.matrix(vocab, hidden, names) if config.tied_embeddings else self.rows(vocab, hidden, names)
         layers = [self.layer(index) for index in range(config.layers)]
         norm = self.vector(hidden, [("model.norm.weight", hidden)])
         head = embedding
@@ -195,7 +197,17 @@ class _Loader:
         )
 
     def matrix(self, rows: int, columns: int, parts: Iterable[tuple[str, int]]) -> Tensor:
-        """One matrix of which each part of the checkpoint fills some rows, from the top."""
+        """One matrix of which each part of the checkpoint fills some rows, from the top.
+
+        On a CPU, a matrix with more outputs than inputs is stored column by column: products with one row, the decode
+        of one request, then run 1.3 to 3 times as fast (`perf.cpu_engine`), and larger ones as fast as before.
+        """
+        if self.device.type == "cpu" and rows >= columns:
+            return self.fill(torch.empty(columns, rows, dtype=self.dtype).t(), parts)
+        return self.rows(rows, columns, parts)
+
+    def rows(self, rows: int, columns: int, parts: Iterable[tuple[str, int]]) -> Tensor:
+        """The same, stored row by row."""
         return self.fill(torch.empty(rows, columns, dtype=self.dtype, device=self.device), parts)
 
     def vector(self, size: int, parts: Iterable[tuple[str, int]]) -> Tensor:

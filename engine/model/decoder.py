@@ -60,14 +60,14 @@ class Decoder:
         self._kernels = kernels
         self._cos, self._sin = _rotary_tables(config, max_context, weights.embedding)
         self._query_heads = config.heads
-        self._split = (config.heads + config.kv_heads, config.kv_heads)
+        self._split = [config.heads + config.kv_heads, config.kv_heads]
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states [tokens, hidden], before the last norm, of `tokens` at `positions` (both int64 [tokens])."""
         config, kernels = self.config, self._kernels
         eps, heads, head_dim = config.norm_eps, config.heads, config.head_dim
         cos, sin = self._cos[positions], self._sin[positions]
-        hidden = functional.embedding(tokens, self.weights.embedding)
+        hidden = self.weights.embedding[tokens]
         count = tokens.shape[0]
         for index, layer in enumerate(self.weights.layers):
             normed = kernels.rms_norm(hidden, layer.input_norm, eps)
