@@ -178,6 +178,13 @@ class Generation:
             self._held = None
             self._end(Cancelled("the request was cancelled by its caller"))
 
+    def suffice(self) -> None:
+        """The reader has all it asked for (a stop string): ends like `cancel`, and counts as served."""
+        if not self._complete and self.state is not State.ENDED:
+            self._held = None
+            self._complete = True
+            self._end(None)
+
     # --- for the dispatcher ----------------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -24,6 +24,7 @@ class TokenStream(Protocol):
     def __aiter__(self) -> TokenStream: ...
     async def __anext__(self) -> Chunk: ...
     def cancel(self) -> None: ...
+    def suffice(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -137,7 +138,7 @@ class TextStream:
     def _stopped(self, chunk: Chunk, kept: int, text: str, matched: str) -> TextPiece:
         """A stop string is complete with the chunk's token number `kept`; what comes behind it was never wanted."""
         self._done = True
-        self._generation.cancel()
+        self._generation.suffice()
         cached = chunk.finish.usage.cached_tokens if chunk.finish is not None else self._cached_tokens()
         usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._count, cached_tokens=cached)
         logprobs = None if chunk.logprobs is None else chunk.logprobs[:kept]

@@ -83,6 +83,9 @@ class FakeGeneration:
             self.cancelled.set()
             self.steps.put_nowait(Cancelled("cancelled"))
 
+    def suffice(self) -> None:
+        self.cancel()
+
 
 @dataclass
 class FakeCore:

@@ -102,6 +102,26 @@ def test_cancel_reaches_the_engine_and_gives_the_charge_back() -> None:
     run_virtual(main())
 
 
+def test_a_reader_that_has_enough_frees_the_engine_and_counts_as_served() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(5)
+            generation.suffice()
+            generation.cancel()
+            assert world.charges() == FREE
+            await world.settle()
+            assert engine.open == []
+            with pytest.raises(StopAsyncIteration):
+                await anext(generation)
+            served = world.metric("requests_total", model="m", strategy=generation.strategy_version, outcome="ok")
+            assert served == 1
+
+    run_virtual(main())
+
+
 def test_cancel_wakes_whoever_reads() -> None:
     async def main() -> None:
         async with World() as world:

@@ -26,6 +26,7 @@ class Script:
     def __init__(self, *steps: Chunk | MicroserveError) -> None:
         self.steps = list(steps)
         self.cancelled = 0
+        self.sufficed = 0
 
     def __aiter__(self) -> Script:
         return self
@@ -42,6 +43,9 @@ class Script:
 
     def cancel(self) -> None:
         self.cancelled += 1
+
+    def suffice(self) -> None:
+        self.sufficed += 1
 
 
 def ids(text: str) -> list[int]:
@@ -96,7 +100,7 @@ def test_a_stop_string_cancels_and_counts_exactly() -> None:
     assert piece.logprobs == logprobs[:kept]
     assert (piece.finish_reason, piece.stop) == ("stop", "STOP")
     assert piece.usage == Usage(prompt_tokens=len(ids("a b")), completion_tokens=kept)
-    assert generation.cancelled == 1
+    assert (generation.sufficed, generation.cancelled) == (1, 0)
 
 
 def test_a_stop_string_can_be_included() -> None:

@@ -18,7 +18,7 @@ WHO = "I am the microserve demo model, a tiny language model that comes with mic
 _TALK: tuple[tuple[str, str], ...] = (
     (
         "Hello|Hello!|Hi|Hi!|Hey|Hey!|Hi there!|Hello there!|Good morning!|Good evening!|Good afternoon!|Greetings!"
-        "|Hello, how is it going?|Hi, can you help me?|Say hello.|Say hi.|Say hello!|Hey there|Good day!|Welcome!",
+        "|Hello, how is it going?|Hi, can you help me?|Hey there|Good day!|Welcome!",
         "Hello! How can I help you?",
     ),
     (
