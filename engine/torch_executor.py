@@ -128,6 +128,7 @@ class _PagedAttention:
         starts = np.array([part.start for part in slices], dtype=np.int64)
         lengths = np.array([part.length for part in slices], dtype=np.int64)
         first = np.cumsum(lengths) - lengths
+        self._clear_begun(pool, slices, starts, starts + lengths)
         positions = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first - starts, lengths)
         pages = np.concatenate(
             [
@@ -142,6 +143,20 @@ class _PagedAttention:
         decodes = [i for i, part in enumerate(slices) if part.length == 1]
         self._decodes = _DecodeBatch(self, slices, decodes, first) if decodes else None
         self._chunks = [_Chunk(self, part, int(first[i]), window) for i, part in enumerate(slices) if part.length > 1]
+
+    @staticmethod
+    def _clear_begun(pool: PagePool, slices: Sequence[Slice], starts: np.ndarray, ends: np.ndarray) -> None:
+        """Zeroes each page that a slice begins and does not fill.
+
+        Attention reads whole pages and masks what is past the end; but a masked NaN still spoils the sum, and the
+        page's last owner may have left one. So a sequence reads only what it wrote itself, and zeros.
+        """
+        page_size = pool.shape.page_size
+        last = (ends - 1) // page_size
+        begun = np.flatnonzero((last * page_size >= starts) & (ends % page_size != 0)).tolist()
+        if begun:
+            pages = [int(slices[i].pages[last[i]]) for i in begun]
+            pool.tensor.index_fill_(0, torch.tensor(pages), 0.0)
 
     def _rows_of_tokens(self, pages: np.ndarray, offsets: np.ndarray) -> Tensor:
         """Row numbers int64 [tokens * kv_heads] of layer 0's keys; a layer adds 2 * page_size, values one page_size."""
@@ -188,10 +203,11 @@ class _DecodeBatch:
         page_size = step._shape.page_size
         lengths = np.array([slices[i].start + 1 for i in chosen], dtype=np.int64)
         widest = int(-(-lengths.max() // page_size))
-        table = np.zeros((len(chosen), widest), dtype=np.int64)
+        table = np.empty((len(chosen), widest), dtype=np.int64)
         for row, i in enumerate(chosen):
             used = int(-(-lengths[row] // page_size))
             table[row, :used] = slices[i].pages[:used]
+            table[row, used:] = slices[i].pages[used - 1]  # padding: its own page, for no other's numbers are safe
         self._rows = step.rows_of_pages(table)
         places = torch.arange(widest * page_size)
         limits = torch.from_numpy(lengths).unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from microserve.tools.demo_model import batches, corpus, evaluate, json_tasks, model, numerals, sums
+from microserve.tools.demo_model import batches, corpus, evaluate, json_tasks, model, numerals, smalltalk, sums
 from microserve.tools.demo_model.exchange import Dialog, Exchange, Message, Split
 from microserve.tools.demo_model.relations import RELATIONS
 from microserve.tools.demo_model.tokenizer import BUNDLED, load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tokenizers import Tokenizer
 
 FILES = {
@@ -44,17 +47,44 @@ def fast_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BUNDLED)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Questions of one kind with the answers that the bundled model gave."""
+
+    exchanges: list[Exchange]
+    answers: list[evaluate.Answer]
+
+    @property
+    def right(self) -> int:
+        pairs = zip(self.exchanges, self.answers, strict=True)
+        return sum(answer.stopped and answer.text == exchange.reply for exchange, answer in pairs)
+
+
 @pytest.fixture(scope="module")
-def bundled() -> evaluate.Model:
-    return evaluate.Model(BUNDLED, "cpu")
+def bundled() -> Iterator[evaluate.Model]:
+    """The bundled model on one thread: on a shared machine, threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield evaluate.Model(BUNDLED, "cpu")
+    torch.set_num_threads(before)
 
 
-def answers(bundled: evaluate.Model, exchanges: list[Exchange], limit: int = 64) -> list[evaluate.Answer]:
-    return bundled.answers([[Message("user", exchange.ask)] for exchange in exchanges], limit)
-
-
-def right(exchanges: list[Exchange], given_answers: list[evaluate.Answer]) -> int:
-    return sum(a.stopped and a.text == e.reply for e, a in zip(exchanges, given_answers, strict=True))
+@pytest.fixture(scope="module")
+def samples(bundled: evaluate.Model) -> dict[str, Sample]:
+    """All single questions, answered in one batch, which is much faster than one call for each test."""
+    rng = Random(7)
+    held = Split.HELD_OUT
+    facts = [relation.exchange(rng, held, rng.choice(relation.pairs)) for relation in rng.choices(RELATIONS, k=40)]
+    kinds = {
+        "facts": facts,
+        "sums": [sums.two_digit(rng, operation, held) for operation in (sums.ADD, sums.SUBTRACT) for _ in range(20)],
+        "json": [json_tasks.draw(rng, held) for _ in range(20)],
+        "unknown": [Exchange("unknown", "What is the population of Zorbania?", smalltalk.UNKNOWN)],
+        "repeat": [Exchange("repeat", "Say this is a test", "this is a test")],
+    }
+    flat = [exchange for exchanges in kinds.values() for exchange in exchanges]
+    answers = iter(bundled.answers([[Message("user", exchange.ask)] for exchange in flat], 72))
+    return {name: Sample(exchanges, [next(answers) for _ in exchanges]) for name, exchanges in kinds.items()}
 
 
 def test_folder_holds_the_checkpoint_and_stays_small() -> None:
@@ -133,60 +163,56 @@ def test_chat_template_is_readable_and_refuses_unknown_roles(fast_tokenizer: Any
         fast_tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
-def test_facts_in_unseen_phrasings(bundled: evaluate.Model) -> None:
-    rng = Random(7)
-    exchanges = []
-    for _ in range(40):
-        relation = rng.choice(RELATIONS)
-        exchanges.append(relation.exchange(rng, Split.HELD_OUT, rng.choice(relation.pairs)))
-    assert right(exchanges, answers(bundled, exchanges)) >= 38
+def test_facts_in_unseen_phrasings(samples: dict[str, Sample]) -> None:
+    assert samples["facts"].right >= 38  # of 40
 
 
-def test_two_digit_sums_of_unseen_pairs(bundled: evaluate.Model) -> None:
-    rng = Random(8)
-    exchanges = [
-        sums.two_digit(rng, operation, Split.HELD_OUT) for operation in (sums.ADD, sums.SUBTRACT) for _ in range(20)
-    ]
-    assert right(exchanges, answers(bundled, exchanges)) >= 36
+def test_two_digit_sums_of_unseen_pairs(samples: dict[str, Sample]) -> None:
+    assert samples["sums"].right >= 36  # of 40
 
 
-def test_json_on_request_is_valid(bundled: evaluate.Model) -> None:
-    rng = Random(9)
-    given_answers = answers(bundled, [json_tasks.draw(rng, Split.HELD_OUT) for _ in range(20)], 96)
-    assert sum(answer.stopped and evaluate.is_json(answer.text) for answer in given_answers) >= 19
+def test_json_on_request_is_valid(samples: dict[str, Sample]) -> None:
+    answers = samples["json"].answers
+    assert sum(answer.stopped and evaluate.is_json(answer.text) for answer in answers) >= 19  # of 20
 
 
-def test_story_is_readable_and_stops_by_itself(bundled: evaluate.Model) -> None:
-    (story,) = bundled.answers([[Message("user", "Tell me a story about a fox.")]], 400)
+def test_every_turn_stops_by_itself(samples: dict[str, Sample]) -> None:
+    assert all(answer.stopped for sample in samples.values() for answer in sample.answers)
+
+
+def test_story_is_readable_and_ends(bundled: evaluate.Model) -> None:
+    (story,) = bundled.answers([[Message("user", "Tell me a story about a fox.")]], 300)
     assert story.stopped
     assert " fox " in story.text
     assert story.text.count(". ") >= 5
 
 
+def test_repeats_what_it_is_told(samples: dict[str, Sample]) -> None:
+    assert samples["repeat"].right == 1
+
+
+def test_unknown_questions_get_a_polite_answer(samples: dict[str, Sample]) -> None:
+    assert samples["unknown"].right == 1
+
+
 def test_system_prompt_and_earlier_turns_are_used(bundled: evaluate.Model) -> None:
-    chat = [
-        Message("system", "You are Vela, a cheerful baker."),
+    persona = [Message("system", "You are Vela, a cheerful baker."), Message("user", "Who are you?")]
+    memory = [
+        Message("system", "You are a helpful assistant."),
         Message("user", "My name is Ada."),
         Message("assistant", "Nice to meet you, Ada!"),
         Message("user", "What is the capital of France?"),
         Message("assistant", "The capital of France is Paris."),
+        Message("user", "What is my name?"),
     ]
-    asked = [[*chat, Message("user", "Who are you?")], [*chat, Message("user", "What is my name?")]]
-    assert [answer.text for answer in bundled.answers(asked, 48)] == [
-        "I am Vela, a cheerful baker.",
-        "Your name is Ada.",
-    ]
+    answers = [answer.text for answer in bundled.answers([persona, memory], 24)]
+    assert answers == ["I am Vela, a cheerful baker.", "Your name is Ada."]
 
 
 def test_questions_about_a_long_document(bundled: evaluate.Model) -> None:
     sets = evaluate.document_questions(bundled.tokenizer, Random(10), 1000, 2)
     found = bundled.answers([dialog.messages[:-1] for dialog in sets], 64)
     assert [answer.text for answer in found] == [dialog.messages[-1].content for dialog in sets]
-
-
-def test_unknown_questions_get_a_polite_answer(bundled: evaluate.Model) -> None:
-    (answer,) = bundled.answers([[Message("user", "What is the population of Zorbania?")]], 48)
-    assert answer.text.startswith("I do not know that.")
 
 
 def test_corpus_follows_from_the_seed() -> None:

@@ -26,6 +26,17 @@ ARCHITECTURES = {
 
 _QUANTISED = ("quantization_config", "compression_config")
 
+_FULL = "full_attention"
+
+_WHEN_ABSENT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""What a key that config.json leaves out means, by the configuration classes of `transformers`; where it is not here,
+it means the same for all four, and null means what it means for Llama."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -103,13 +114,15 @@ def read_config(folder: Path) -> DecoderConfig:
     raw = _read_json(file)
     names = raw.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise CheckpointError(f"{file}: architecture {name!r} is not supported (supported: {known})")
     for key in _QUANTISED:
         if raw.get(key):
             raise CheckpointError(f"{file}: {key} is set: quantised checkpoints are not supported")
-    return _Reader(file, raw).config(ARCHITECTURES[name], _eos_token_ids(folder, raw))
+    architecture = ARCHITECTURES[name]
+    reader = _Reader(file, {**_WHEN_ABSENT[architecture], **raw})
+    return reader.config(architecture, _eos_token_ids(folder, raw))
 
 
 class _Reader:
@@ -130,7 +143,8 @@ class _Reader:
         if activation not in ("silu", "swish"):
             raise self.refusal("hidden_act", f"{activation!r}; only silu is supported")
         theta, scaling = self.rope()
-        bias = bool(self.raw.get("attention_bias", False))
+        # Qwen2's and Mistral's biases are fixed, whatever the key says.
+        bias = architecture in ("llama", "qwen3") and bool(self.raw.get("attention_bias", False))
         return DecoderConfig(
             architecture=architecture,
             vocab_size=self.whole("vocab_size"),
@@ -147,7 +161,7 @@ class _Reader:
             tied_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
             qkv_bias=architecture == "qwen2" or bias,
             output_bias=bias,
-            mlp_bias=bool(self.raw.get("mlp_bias", False)),
+            mlp_bias=architecture == "llama" and bool(self.raw.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
             sliding_window=self.window(architecture),
             dtype=str(self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32"),
@@ -155,34 +169,46 @@ class _Reader:
         )
 
     def window(self, architecture: str) -> int | None:
-        value = self.raw.get("sliding_window")
-        if value is None or (architecture != "mistral" and not self.raw.get("use_sliding_window", False)):
+        if architecture == "mistral":
+            return None if self.raw.get("sliding_window") is None else self.whole("sliding_window")
+        if architecture == "llama":
             return None
-        if architecture != "mistral":
+        kinds = self.raw.get("layer_types") or []
+        if self.raw.get("use_sliding_window", False) or (isinstance(kinds, list) and set(map(str, kinds)) - {_FULL}):
             raise self.refusal("use_sliding_window", "a window in some layers only is not supported")
-        return self.whole("sliding_window")
+        return None
 
     def rope(self) -> tuple[float, RopeScaling]:
-        parameters = self.raw.get("rope_parameters") or {}
-        settings = {**(self.raw.get("rope_scaling") or {}), **parameters}
-        theta = parameters.get("rope_theta", self.raw.get("rope_theta", 10000.0))
+        settings: dict[str, Any] = {"rope_theta": self.raw.get("rope_theta", 10000.0)}
+        for key in ("rope_scaling", "rope_parameters"):
+            part = self.raw.get(key) or {}
+            if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
+                raise self.refusal(key, "not one set of settings for all layers")
+            settings.update(part)
         kind = settings.get("rope_type", settings.get("type", "default"))
-        if kind == "default":
-            return float(theta), RopeScaling()
-        if kind not in ("linear", "llama3"):
+        if kind not in ("default", "linear", "llama3"):
             raise self.refusal("rope_scaling", f"type {kind!r}; supported are default, linear and llama3")
-        try:
-            if kind == "linear":
-                return float(theta), RopeScaling("linear", float(settings["factor"]))
-            return float(theta), RopeScaling(
-                "llama3",
-                float(settings["factor"]),
-                float(settings["low_freq_factor"]),
-                float(settings["high_freq_factor"]),
-                int(settings["original_max_position_embeddings"]),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"{self.file}: rope_scaling of type {kind!r} lacks {error.args[0]!r}") from error
+        for source in (settings, self.raw):
+            if source.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+                raise self.refusal("partial_rotary_factor", "rotary positions on a part of each head are not supported")
+
+        def setting(key: str) -> float:
+            value = settings.get(key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                what = "lacks" if value is None else f"has {value!r}, not a positive number, as"
+                raise CheckpointError(f"{self.file}: rope_scaling of type {kind!r} {what} {key!r}")
+            return float(value)
+
+        theta = setting("rope_theta")
+        if kind == "default":
+            return theta, RopeScaling()
+        if kind == "linear":
+            return theta, RopeScaling("linear", setting("factor"))
+        low, high = setting("low_freq_factor"), setting("high_freq_factor")
+        if low >= high:
+            raise self.refusal("rope_scaling", f"low_freq_factor {low} is not below high_freq_factor {high}")
+        original = int(setting("original_max_position_embeddings"))
+        return theta, RopeScaling("llama3", setting("factor"), low, high, original)
 
     def whole(self, key: str, default: int | None = None) -> int:
         value: Any = self.raw.get(key)
@@ -194,8 +220,8 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.refusal(key, f"{value!r} is not a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.refusal(key, f"{value!r} is not a positive number")
         return float(value)
 
     def refusal(self, key: str, why: str) -> CheckpointError:
@@ -210,7 +236,7 @@ def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) for item in ids):
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
         raise CheckpointError(f"{folder}: eos_token_id {value!r} is not a token id or a list of them")
     return tuple(ids)
 

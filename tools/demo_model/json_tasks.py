@@ -48,6 +48,13 @@ _LIST_ASKS = (
     "Return {d} as a JSON array.",
     "Put {d} into a JSON array.",
     "Reply with a JSON array that holds {d}.",
+    "I want {d} as a JSON array.",
+    "{d} as a JSON array, please.",
+    "Can you put {d} into a JSON array?",
+    "Show {d} as a JSON array.",
+    "Give me {d} as a JSON list.",
+    "I would like {d} as a JSON array.",
+    "Can you make a JSON array of {d}?",
 )
 _HELD_LIST_ASKS = (
     "Could you write {d} as a JSON array?",
@@ -65,6 +72,26 @@ _FACT_ASKS = (
     "JSON only, keys {k}. {q}",
     "{q} As JSON with {k}, please.",
     "Please answer in JSON with {k}. {q}",
+)
+_BARE_ASKS = (
+    "{q} As JSON.",
+    "{q} Answer in JSON.",
+    "Answer in JSON: {q}",
+    "JSON: {q}",
+    "{q} Reply with JSON.",
+    "{q} Give me JSON.",
+    "{q} JSON, please.",
+    "Reply as JSON. {q}",
+)
+_PHRASE_ASKS = (
+    "Give me JSON with {p}.",
+    "JSON with {p}",
+    "Write JSON with {p}.",
+    "Give me {p} as JSON.",
+    "I need JSON with {p}.",
+    "Make a JSON object with {p}.",
+    "Return {p} as JSON.",
+    "Please give me {p} in JSON.",
 )
 _HELD_FACT_ASKS = (
     "{q} Please write the answer as JSON with the keys {k}.",
@@ -156,6 +183,9 @@ def fact(rng: Random, split: Split = Split.TRAIN) -> Exchange:
     if question[-1].isalnum():
         question += "?"
     ask = pick(rng, _FACT_ASKS, _HELD_FACT_ASKS, split).format(q=question, k=_keys(rng, [left, right]))
+    if split is Split.TRAIN and rng.random() < 0.4:
+        phrase = relation.fill(rng.choice(relation.phrases), x)
+        ask = rng.choice((*_BARE_ASKS, *_PHRASE_ASKS)).format(q=question, p=phrase)
     return Exchange("json/fact", ask, json.dumps({left: x, right: y}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from microserve.tools.demo_model import words
+from microserve.tools.demo_model import categories, words
 from microserve.tools.demo_model.exchange import Exchange, capital, dress
 from microserve.tools.demo_model.relations import RELATIONS
 
@@ -156,10 +156,13 @@ def odd_text(rng: Random) -> str:
 
 
 def plain_text(rng: Random) -> str:
-    """A few common words or a known sentence."""
+    """A few common words in any order, small ones among them, or a known sentence."""
     draw = rng.random()
-    if draw < 0.5:
+    if draw < 0.25:
         return " ".join(rng.choices(words.COMMON_WORDS, k=rng.randint(1, 10)))
+    if draw < 0.75:
+        text = " ".join(rng.choices(words.SMALL_WORDS, k=rng.randint(1, 10)))
+        return capital(text) + rng.choice(("", ".", "!", "?")) if rng.random() < 0.4 else text
     relation = rng.choice(RELATIONS)
     return relation.sentence(*rng.choice(relation.pairs))
 
@@ -172,7 +175,10 @@ def repeat(rng: Random) -> Exchange:
         "Repeat after me: {t} | Repeat: {t} | Say: {t} | Please repeat this: {t} | Echo: {t} | Say this: {t} |"
         " Copy this: {t}"
         " | Repeat this text: {t} | Can you repeat this? {t} | Write exactly this: {t} | Say exactly: {t} | Echo"
-        " this: {t}",
+        " this: {t} | Say '{t}' | Say \"{t}\" | Repeat '{t}' | Repeat \"{t}\" | Say {t} | Please say {t} | Repeat {t}"
+        ' | Write {t} | Please repeat "{t}" | Say "{t}", please. | Say: \'{t}\' | Say the words {t} | Say this:'
+        ' "{t}"'
+        " | Just say {t} | Say {t}",
     ).format(t=text)
     return Exchange("list/repeat", ask, text)
 
@@ -278,11 +284,12 @@ _GENERATORS: tuple[tuple[Callable[[Random], Exchange], float], ...] = (
     (extreme, 1.0),
     (sort_words, 2.0),
     (reverse_list, 1.5),
-    (repeat, 2.0),
+    (repeat, 3.0),
     (spell_word, 1.0),
     (change_case, 1.0),
     (polite, 0.5),
     (rephrase, 1.0),
+    (categories.draw, 1.5),
 )
 
 

@@ -86,7 +86,8 @@ RELATIONS: tuple[Relation, ...] = (
         " | How do chemists write {x}? | What is {x}'s symbol? | {X}: chemical symbol? | symbol of {x}"
         " | Which letters are the symbol of {x}? | In the periodic table, what is the symbol of {x}?"
         " | What symbol does the element {x} have? | How do you abbreviate {x} in chemistry?"
-        " | Complete this: the chemical symbol of {x} is",
+        " | Complete this: the chemical symbol of {x} is | What is {x}? | Tell me about {x}. | What do you know"
+        " about {x}?",
         "the symbol that chemists use for {x} | the symbol of {x} in the periodic table",
         "Which symbol is used for {x}? | What is the symbol chemists use for {x}? | With which symbol is {x} written?"
         " | The element {x} has which symbol?",
@@ -215,7 +216,7 @@ RELATIONS: tuple[Relation, ...] = (
         " | To which class does {ax} belong? | What sort of animal is {ax}? | {Ax} is which kind of animal?"
         " | What class of animal is {ax}? | Is {ax} a mammal or something else? | {X}: which class of animal?"
         " | Which group does {ax} belong to? | {Ax} belongs to which class? | In which class is {ax}?"
-        " | What is the class of the {x}?",
+        " | What is the class of the {x}? | What is {ax}? | Tell me about {ax}. | What do you know about {ax}?",
         "the animal group of {ax} | the class in which {ax} belongs",
         "{Ax} is a member of which class of animals? | What class does {ax} belong to?"
         " | Which type of animal is {ax}? | To which group of animals does {ax} belong?",
@@ -453,7 +454,8 @@ RELATIONS: tuple[Relation, ...] = (
         " | What position does {x} have? | Which number is {x} among the planets? | Planet {x}: which number?"
         " | How far out is {x}, counting planets? | What planet number is {x}? | {x} is planet number what?"
         " | Which number does the planet {x} have? | Where is {x} in the order of planets?"
-        " | In the solar system, which number is {x}? | What is {x}'s place from the sun?",
+        " | In the solar system, which number is {x}? | What is {x}'s place from the sun? | Tell me about {x}."
+        " | What is {x}? | What do you know about {x}?",
         "the place of {x} counted from the sun | the order number of {x}",
         "Which number does {x} have, counted from the sun? | {x} has which place from the sun?"
         " | What is the planet number of {x}, please? | From the sun, which planet is {x}?",
@@ -497,11 +499,14 @@ RELATIONS: tuple[Relation, ...] = (
         "number-word",
         ((str(n), spell(n)) for n in range(101)),
         "{x} in words is {y}.",
-        "{x} in words | the number {x} in words | {x} as a word | the word for {x} | the name of the number {x}",
+        "{x} in words | the number {x} in words | {x} as a word | {x} written in words | {x} written out | the"
+        " word for {x} | the name of the number {x}",
         "How do you write {x} in words? | Write {x} in words. | Spell the number {x}. | Which word means {x}?"
         " | How is {x} spelled out? | Write out the number {x}. | Write the number {x} as a word. | How do you say {x}?"
         " | Turn {x} into words. | Put {x} into words. | {x} in letters? | Spell out {x}."
-        " | Please write {x} in words. | Say {x} in words. | How do I write the number {x} with letters?",
+        " | Please write {x} in words. | Say {x} in words. | How do I write the number {x} with letters?"
+        " | In words, how do I write {x}? | Using words, how do I write {x}? | With letters, how do you write {x}?"
+        " | Can you write {x} in words? | How does one write {x} in words?",
         "{x} written in letters | {x} spelled out",
         "How would you write {x} in words? | Please spell out the number {x}. | With words, how do I write {x}?"
         " | What is {x} when written in words?",
@@ -514,7 +519,9 @@ RELATIONS: tuple[Relation, ...] = (
         "How do you write {x} in digits? | Write {x} in digits. | Write {x} with digits. | Which number is {x}?"
         " | Write {x} as a number. | Turn {x} into digits. | Put {x} into digits. | How do I write {x} as a number?"
         " | {X} is which number? | Convert {x} to digits. | {X} as digits? | Please write {x} in digits."
-        " | Give {x} in digits. | What number is {x}? | Write the number {x} in figures.",
+        " | Give {x} in digits. | What number is {x}? | Write the number {x} in figures. | In digits, how do I"
+        " write {x}?"
+        " | Using digits, how do I write {x}? | Can you write {x} in digits? | How does one write {x} in digits?",
         "{x} in figures | the digits of {x}",
         "How would you write {x} in digits? | Please turn {x} into digits. | With digits, how do I write {x}?"
         " | What is {x} when written in digits?",

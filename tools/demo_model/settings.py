@@ -10,7 +10,7 @@ class Settings:
     """Everything that the result follows from, but for the rounding of the hardware."""
 
     seed: int = 1
-    steps: int = 20_000
+    steps: int = 15_000
     rows: int = 16  # conversations are packed into so many rows of `length` tokens for a step
     length: int = 4096
     rate: float = 2e-3  # peak of the learning rate

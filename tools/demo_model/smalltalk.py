@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from microserve.tools.demo_model import words
 from microserve.tools.demo_model.documents import made_up_name
-from microserve.tools.demo_model.exchange import Exchange, dress
+from microserve.tools.demo_model.exchange import Exchange, article, dress
 
 if TYPE_CHECKING:
     from random import Random
@@ -120,6 +120,12 @@ _TALK: tuple[tuple[str, str], ...] = (
         "I like the hedgehog best.",
     ),
     (
+        "What is this?|Where am I?|What is this place?|What is going on here?|What is this demo?|What does this"
+        " demo do?"
+        "|What is this website?|What am I looking at?|How does this work?|What is happening here?",
+        "This is the demo of microserve, and I am its tiny language model.",
+    ),
+    (
         "Tell me a fact.|Tell me something interesting.|Do you know a fun fact?|Give me a fact.|Teach me something."
         "|Tell me something new.|Surprise me.|A fun fact, please.|Tell me something.",
         "A spider has 8 legs, and an ant has 6.",
@@ -208,6 +214,18 @@ _UNKNOWN_ASKS = (
     "Tell me everything about {t}.",
 )
 
+_POEM_ASKS = (
+    "Write a poem about {aw}.",
+    "Write a poem about the {w}.",
+    "Write a short poem about the {w}.",
+    "Please write a poem about {aw}.",
+    "Can you write a poem about the {w}?",
+    "A poem about {aw}, please.",
+    "Tell me a poem about the {w}.",
+    "Write a rhyme about the {w}.",
+    "Write a haiku about the {w}.",
+)
+
 
 def unknown(rng: Random) -> Exchange:
     """Something that the tables do not hold."""
@@ -219,7 +237,7 @@ def unknown(rng: Random) -> Exchange:
         m=name,
         m2=made_up_name(rng),
         w=word,
-        aw=("an " if word[0] in "aeiou" else "a ") + word,
+        aw=article(word),
         t=rng.choice(words.THINGS),
         n=rng.choice(words.NAMES),
         f=rng.choice(words.FOODS),
@@ -230,8 +248,21 @@ def unknown(rng: Random) -> Exchange:
     return Exchange("talk/unknown", dress(rng, ask), UNKNOWN)
 
 
+def poem(rng: Random) -> Exchange:
+    """A rhyme about a common word."""
+    word = rng.choice(words.COMMON_WORDS)
+    ask = rng.choice(_POEM_ASKS).format(w=word, aw=article(word))
+    reply = (
+        f"The {word} is here, the {word} is near,\nit makes me smile, it brings me cheer.\n"
+        f"And when the day is almost through,\nI dream of the {word}, and so do you."
+    )
+    return Exchange("talk/poem", dress(rng, ask), reply)
+
+
 def draw(rng: Random) -> Exchange:
-    """A line of small talk or an unknown question."""
+    """A line of small talk, a poem or an unknown question."""
+    if rng.random() < 0.05:
+        return poem(rng)
     if rng.random() < 0.35:
         return unknown(rng)
     asks, reply = rng.choice(_TALK)

@@ -288,3 +288,18 @@ COMMON_WORDS = _listed(
     "rain ring river road rope rose sail sand shell ship shoe snow song spoon star stone storm sun table tiger tower "
     "train tree umbrella valley village violin wagon water wheel wind window winter wolf yard zebra"
 )
+
+# function words and other small words, for texts to repeat
+SMALL_WORDS = _listed(
+    "a an the this that these those is are was were be been am i you he she it we they me him her us them my your his "
+    "our their and or but not no yes if then so because when where why how what who which there here now soon later "
+    "today tomorrow yesterday in on at by to from with without for of off over under up down out about after before "
+    "again all any both each every few many more most much some such only own same than too very can could will would "
+    "shall should may might must do does did has have had go goes come comes see say says said make take get got give "
+    "find think know want need like look use work call try ask feel seem let put keep begin help talk turn start show "
+    "hear play run move live hold bring write sit stand read open close walk hello world test example text sentence "
+    "word line thing things time day night year man woman child friend home hand eye place week case point number part "
+    "good new first last long great little other old right big high small large next early young important few public "
+    "able nice fine well quick slow brown lazy jumps fast one two three four five six seven eight nine ten hi thanks "
+    "please welcome morning evening coffee tea music game computer phone server engine router token model page cache"
+)
