@@ -62,7 +62,7 @@ class Sample:
 
 @pytest.fixture(scope="module")
 def bundled() -> Iterator[evaluate.Model]:
-    """The bundled model on one thread: on a shared machine, threads that wait for each other cost more than they give."""
+    """The bundled model on one thread: on a busy machine, threads that wait for each other cost more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield evaluate.Model(BUNDLED, "cpu")
