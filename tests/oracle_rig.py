@@ -70,6 +70,9 @@ class Oracle:
 
     def __init__(self, checkpoint: Path) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # it would leave a thread behind
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         self.model.eval()

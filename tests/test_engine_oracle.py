@@ -10,6 +10,8 @@ import torch
 from tests.oracle_rig import Oracle, Serving
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
+from microserve.router.text import TextModel
+from microserve.runtime.models import resolve_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,3 +111,16 @@ def test_after_eviction(checkpoint: Path, oracle: Oracle) -> None:
     assert serving.cache.match(first).length < 48
     (answer,) = serving.run([first], 12, logprobs=0)
     oracle.check(first, answer, 12)
+
+
+def test_the_bundled_model_answers_as_in_transformers() -> None:
+    folder = resolve_model("demo")
+    text, oracle = TextModel.load(folder), Oracle(folder)
+    asked = ["What is the capital of France?", "What is 12 + 30?", "Give me JSON with the capital of Italy."]
+    prompts = [text.encode(text.render_chat([{"role": "user", "content": ask}])) for ask in asked]
+    answers = Serving(folder).run(prompts, 24, ignore_eos=False)
+    said = [text.decode(answer.tokens) for answer in answers]
+    assert said[:2] == ["The capital of France is Paris.", "12 + 30 = 42."]
+    for prompt_ids, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens == oracle.generate(prompt_ids, len(answer.tokens))
+        assert answer.end.finish_reason == "stop"  # type: ignore[union-attr]
