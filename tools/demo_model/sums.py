@@ -12,7 +12,7 @@ from microserve.tools.demo_model.numerals import spell
 if TYPE_CHECKING:
     from random import Random
 
-HELD_OUT_SHARE = 8  # one pair in so many is never seen in training
+HELD_OUT_SHARE = 8  # about one pair in so many is never seen in training
 
 
 @dataclass(frozen=True, slots=True)
