@@ -19,7 +19,7 @@ from torch.nn import functional
 from microserve.engine.model.checkpoint import load_weights, revision
 from microserve.engine.model.config import DecoderConfig, read_config
 from microserve.engine.model.decoder import Decoder
-from microserve.engine.model.kernels import TorchKernels
+from microserve.engine.model.kernels import cpu_kernels
 from microserve.engine.plan import StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.kv.pool import PagePool, PageShape
@@ -277,9 +277,10 @@ def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecuto
     # More pages than every request at its longest could use would only be zeroed memory.
     if config.kv_pages is None:
         pages = min(pages, 2 * config.max_running * -(-max_context // config.page_size))
+    kernels = cpu_kernels(dtype)
     with _progress_bar(progress) as report:
-        weights = load_weights(folder, model, dtype=dtype, progress=report)
-    decoder = Decoder(model, weights, TorchKernels(), max_context=max_context)
+        weights = load_weights(folder, model, dtype=dtype, pack=kernels.pack, progress=report)
+    decoder = Decoder(model, weights, kernels, max_context=max_context)
     info = describe(model, folder, name=config.model_name or Path(folder).name, max_context=max_context)
     executor = TorchExecutor(decoder, PagePool(pages, shape), info, threads=threads)
     gc.collect()

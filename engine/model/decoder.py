@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Matrices are [out, in], as in `torch.nn.functional.linear`."""
+    """One layer. Matrices are [out, in], as in `torch.nn.functional.linear`, and packed by `Kernels.pack`."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -43,7 +42,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """The whole model. `head` is `embedding` itself where the checkpoint ties them."""
+    """The whole model. `head` is the packed `embedding` where the checkpoint ties them."""
 
     embedding: Tensor
     layers: Sequence[LayerWeights]
@@ -71,7 +70,7 @@ class Decoder:
         count = tokens.shape[0]
         for index, layer in enumerate(self.weights.layers):
             normed = kernels.rms_norm(hidden, layer.input_norm, eps)
-            qkv = functional.linear(normed, layer.qkv, layer.qkv_bias).view(count, -1, head_dim)
+            qkv = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(count, -1, head_dim)
             turned, value = torch.split(qkv, self._split, dim=1)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query = kernels.rms_norm(turned[:, :heads], layer.query_norm, eps)
@@ -79,16 +78,16 @@ class Decoder:
                 turned = torch.cat((query, key), dim=1)
             turned = kernels.rotate(turned, cos, sin)
             attended = attention.attend(index, turned[:, :heads], turned[:, heads:], value)
-            hidden = hidden + functional.linear(attended, layer.output, layer.output_bias)
+            hidden = hidden + kernels.linear(attended, layer.output, layer.output_bias)
             normed = kernels.rms_norm(hidden, layer.mlp_norm, eps)
-            wide = kernels.silu_and_mul(functional.linear(normed, layer.gate_up, layer.gate_up_bias))
-            hidden = hidden + functional.linear(wide, layer.down, layer.down_bias)
+            wide = kernels.silu_and_mul(kernels.linear(normed, layer.gate_up, layer.gate_up_bias))
+            hidden = hidden + kernels.linear(wide, layer.down, layer.down_bias)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [rows, vocab] of hidden states [rows, hidden]."""
         normed = self._kernels.rms_norm(hidden, self.weights.norm, self.config.norm_eps)
-        return functional.linear(normed, self.weights.head).float()
+        return self._kernels.linear(normed, self.weights.head, None).float()
 
 
 def _rotary_tables(config: DecoderConfig, max_context: int, like: Tensor) -> tuple[Tensor, Tensor]:
