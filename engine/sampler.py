@@ -29,6 +29,9 @@ _ROUND_A, _ROUND_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_A, _WEYL_B = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 
+_CANDIDATES = 256
+"""Top-k and top-p look at so many of the best tokens before they sort all."""
+
 WordArray = npt.NDArray[np.uint64]
 
 
@@ -178,31 +181,49 @@ class Sampler:
 
 def _draw(logits: Tensor, settings: Sequence[SamplingParams], numbers: npt.NDArray[np.float64]) -> list[int]:
     """A token for each row [rows, vocab] by its settings and its number in [0, 1)."""
+    vocab = logits.shape[1]
     temperature = torch.tensor([s.temperature for s in settings], dtype=logits.dtype).unsqueeze(1)
-    scaled = logits / temperature
-    for row, sampling in enumerate(settings):
-        _filter(scaled[row], sampling)
-    # float64, so that the cumulative sum of a large vocabulary still ends at 1; row by row the same for any batch.
-    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)
-    targets = torch.from_numpy(numbers).unsqueeze(1) * cumulative[:, -1:]
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    cut = [row for row, s in enumerate(settings) if 0 < s.top_k < vocab or s.top_p < 1.0]
+    if cut:
+        best = probabilities[cut].topk(min(_CANDIDATES, vocab)).values
+        for row, values in zip(cut, best, strict=True):
+            _truncate(probabilities[row], values, settings[row])
+    if any(s.min_p > 0.0 for s in settings):
+        shares = torch.tensor([s.min_p for s in settings], dtype=logits.dtype).unsqueeze(1)
+        probabilities[probabilities < shares * probabilities.amax(dim=-1, keepdim=True)] = 0.0
+    # float64, so that small probabilities late in a large vocabulary still count; row by row the same for any batch.
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Below the total, so that rounding cannot lead past the last token that has a probability.
+    targets = torch.minimum(torch.from_numpy(numbers).unsqueeze(1) * total, torch.nextafter(total, torch.zeros(())))
     chosen: list[int] = torch.searchsorted(cumulative, targets, right=True).squeeze(1).tolist()
-    last = logits.shape[1] - 1
-    return [min(token, last) for token in chosen]
+    return chosen
 
 
-def _filter(row: Tensor, sampling: SamplingParams) -> None:
-    """Keeps the top k, then of those the fewest that reach `top_p`, then those above `min_p` of the best; in place."""
+def _truncate(row: Tensor, best: Tensor, sampling: SamplingParams) -> None:
+    """Keeps the top k of `row` [vocab], then of those the fewest that reach `top_p`; the others become 0, in place.
+
+    `best` holds the row's largest values, in descending order: sorting a large vocabulary for every token would cost
+    more than the model. Of equal values, those with lower ids are kept.
+    """
     vocab = row.shape[0]
-    if 0 < sampling.top_k < vocab or sampling.top_p < 1.0:
-        values, order = row.sort(descending=True, stable=True)
-        keep = vocab if not 0 < sampling.top_k < vocab else sampling.top_k
-        if sampling.top_p < 1.0:
-            probabilities = torch.softmax(values[:keep].double(), dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities
-            keep = max(1, int((before < sampling.top_p).sum()))
-        row[order[keep:]] = -torch.inf
-    if sampling.min_p > 0.0:
-        row[row < row.max() + np.log(sampling.min_p)] = -torch.inf
+    keep = top_k = sampling.top_k if 0 < sampling.top_k < vocab else vocab
+    if top_k < vocab and top_k > len(best):
+        best = row.sort(descending=True).values
+    if sampling.top_p < 1.0:
+        before = best.cumsum(dim=0, dtype=torch.float64) - best
+        whole = 1.0 if top_k == vocab else float(best[:top_k].sum(dtype=torch.float64))
+        keep = max(1, int((before[:top_k] < sampling.top_p * whole).sum()))
+        if keep == len(best) < top_k:
+            return _truncate(row, row.sort(descending=True).values, sampling)
+    if keep == vocab:
+        return None
+    last = best[keep - 1]
+    equals = keep - int((best[:keep] > last).sum())
+    row[row < last] = 0.0
+    row[(row == last).nonzero()[equals:]] = 0.0
+    return None
 
 
 def _logprobs(raw: dict[int, Tensor], row: int, state: _State, token: int) -> TokenLogprobs | None:
