@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from microserve.engine.plan import StepPlan, StepResult
+    from microserve.kv.transfer.base import KvMemory
     from microserve.runtime.messages import Layout, ModelInfo
 
 
@@ -25,6 +26,11 @@ class Executor(Protocol):
 
     @property
     def total_pages(self) -> int: ...
+
+    @property
+    def memory(self) -> KvMemory:
+        """The pool as plain memory, for transfers. What other engines wrote there is read as if computed here."""
+        ...
 
     @property
     def depth(self) -> int: ...

@@ -36,6 +36,8 @@ class BusStatistics:
     """Messages too large to travel, refused where they were to be sent."""
     overflows: int = 0
     """Sessions ended because the peer read too slowly."""
+    unauthorized: int = 0
+    """Peers that were refused for their keys, and frames that came under another key than their session's."""
     sessions: int = 0
 
 
@@ -44,6 +46,9 @@ class Session(Protocol):
 
     peer: Peer
     """The other side."""
+
+    role: str
+    """What the peer's key is for ("engine", "router", "client", "admin"); empty where keys are not in use."""
 
     @property
     def closed(self) -> bool:

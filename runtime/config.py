@@ -14,7 +14,7 @@ import os
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EngineConfig",
+    "Explained",
     "FakeConfig",
     "RouterConfig",
     "add_flags",
     "config_from_args",
     "default_process_id",
+    "explain_config",
     "load_config",
     "parse_size",
 ]
@@ -60,7 +62,55 @@ def load_config(
     `flags` maps a field's name ("page_size", "fake_vocab_size") to its value; None means "not given".
     Raises `ConfigError` that names the key, the value, what is expected and where the value came from.
     """
-    values: dict[str, Any] = {}
+    return _build(cls, _read(cls, file, environ, flags).tree)
+
+
+def explain_config(
+    cls: type[Struct],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> list[Explained]:
+    """Every setting with its effective value and where that came from. Raises as `load_config` does."""
+    found = _read(cls, file, environ, flags)
+    built = _build(cls, found.tree)
+    explained = []
+    for path, _ in _leaves(cls):
+        value: Any = built
+        for name in path:
+            value = getattr(value, name)
+        explained.append(Explained(".".join(path), value, found.origins.get(path, "default")))
+    return explained
+
+
+class Explained(NamedTuple):
+    """One setting: `origin` is a file, a variable, a flag, or "default"."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+class _Values:
+    """What the sources said so far, as a tree of tables, and who said each leaf last."""
+
+    def __init__(self) -> None:
+        self.tree: dict[str, Any] = {}
+        self.origins: dict[tuple[str, ...], str] = {}
+
+    def put(self, path: tuple[str, ...], value: Any, origin: str) -> None:
+        table = self.tree
+        for key in path[:-1]:
+            table = table.setdefault(key, {})
+        table[path[-1]] = value
+        self.origins[path] = origin
+
+
+def _read(
+    cls: type[Struct], file: Path | None, environ: Mapping[str, str] | None, flags: Mapping[str, object] | None
+) -> _Values:
+    values = _Values()
     if file is not None:
         _read_file(cls, file, values)
     _read_environ(cls, environ if environ is not None else {}, values)
@@ -71,8 +121,8 @@ def load_config(
             raise _unknown("--" + name.replace("_", "-"), ("--" + "-".join(p).replace("_", "-") for p in leaves))
         if value is not None:
             origin = "--" + name.replace("_", "-")
-            _put(values, path, _convert(path, leaves[path], _from_text(leaves[path].type, value, origin), origin))
-    return _build(cls, values)
+            values.put(path, _convert(path, leaves[path], _from_text(leaves[path].type, value, origin), origin), origin)
+    return values
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Struct]) -> None:
@@ -114,7 +164,7 @@ def config_from_args(
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
-def _read_file(cls: type[Struct], file: Path, values: dict[str, Any]) -> None:
+def _read_file(cls: type[Struct], file: Path, values: _Values) -> None:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -130,9 +180,7 @@ def _read_file(cls: type[Struct], file: Path, values: dict[str, Any]) -> None:
     _read_table(cls, table, f"{file}", (), values)
 
 
-def _read_table(
-    cls: type[Struct], table: dict[str, Any], file: str, at: tuple[str, ...], values: dict[str, Any]
-) -> None:
+def _read_table(cls: type[Struct], table: dict[str, Any], file: str, at: tuple[str, ...], values: _Values) -> None:
     known = {field.name: field for field in fields(cls)}
     for key, value in table.items():
         path = (*at, key)
@@ -144,10 +192,10 @@ def _read_table(
                 raise ConfigError(f"{'.'.join(path)}: {value!r} is not a table (from {file})")
             _read_table(kind, value, file, path, values)
         else:
-            _put(values, path, _convert(path, known[key], value, file))
+            values.put(path, _convert(path, known[key], value, file), file)
 
 
-def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: dict[str, Any]) -> None:
+def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: _Values) -> None:
     prefix = _prefix(cls)
     known = {prefix + "_".join(path).upper(): (path, field) for path, field in _leaves(cls)}
     for name, text in environ.items():
@@ -156,7 +204,7 @@ def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: dict[st
         if name not in known:
             raise _unknown(name, known)
         path, field = known[name]
-        _put(values, path, _convert(path, field, _from_text(field.type, text, name), name))
+        values.put(path, _convert(path, field, _from_text(field.type, text, name), name), name)
 
 
 def _prefix(cls: type[Struct]) -> str:
@@ -212,12 +260,6 @@ def _convert(path: tuple[str, ...], field: FieldInfo, value: Any, origin: str) -
         return msgspec.convert(value, field.type)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{'.'.join(path)}: {value!r} is not {_expected(field.type)} (from {origin})") from error
-
-
-def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        values = values.setdefault(key, {})
-    values[path[-1]] = value
 
 
 def _build(cls: type[C], values: dict[str, Any]) -> C:

@@ -7,7 +7,11 @@ MicroserveError
 │   ├── Unauthorized             401 unauthorized
 │   ├── Forbidden                403 forbidden
 │   ├── NotFound                 404 not_found
-│   │   └── ModelNotFound        404 model_not_found
+│   │   ├── ModelNotFound        404 model_not_found
+│   │   └── LeaseNotFound        404 lease_not_found (ended, expired, or never was)
+│   ├── Conflict                 409 conflict        (the range is claimed, the lease is in use, the call has ended)
+│   ├── StaleEpoch               409 stale_epoch     (the address is of an earlier incarnation)
+│   ├── LayoutMismatch           409 layout_mismatch (the pages of two engines differ; the message shows how)
 │   └── TooLarge                 413 too_large
 ├── Unavailable                  nobody's fault; may be retried elsewhere or later
 │   ├── Busy                     429 busy            (carries retry_after)
@@ -17,6 +21,7 @@ MicroserveError
 │   ├── PeerLost                 502 peer_lost       (died, silent, or the session broke)
 │   ├── ProtocolError            502 protocol_error  (it said something malformed)
 │   ├── VersionMismatch          502 version_mismatch
+│   ├── TransferFailed           502 transfer_failed (pages could not be pushed)
 │   └── DeadlineExceeded         504 deadline_exceeded
 ├── Cancelled                    499 cancelled       the caller asked for it
 ├── InternalError                500 internal        our fault: a bug
@@ -90,6 +95,33 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class LeaseNotFound(NotFound):
+    """The lease has ended, has expired, or never was."""
+
+    code = "lease_not_found"
+
+
+class Conflict(CallerError):
+    """Somebody else has it, or it has ended already: a claimed range, a lease in use, a finished call."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class StaleEpoch(CallerError):
+    """The address or message is of an earlier incarnation of the process."""
+
+    code = "stale_epoch"
+    http_status = 409
+
+
+class LayoutMismatch(CallerError):
+    """Two engines' pages differ, so KV cannot move between them; the message shows the difference."""
+
+    code = "layout_mismatch"
+    http_status = 409
+
+
 class TooLarge(CallerError):
     """The message or body is larger than is accepted."""
 
@@ -146,6 +178,12 @@ class VersionMismatch(PeerError):
     code = "version_mismatch"
 
 
+class TransferFailed(PeerError):
+    """Pages could not be pushed to the peer."""
+
+    code = "transfer_failed"
+
+
 class DeadlineExceeded(PeerError):
     """The budget of the call ran out."""
 
@@ -185,6 +223,10 @@ _BY_CODE: dict[str, type[MicroserveError]] = {
         Forbidden,
         NotFound,
         ModelNotFound,
+        LeaseNotFound,
+        Conflict,
+        StaleEpoch,
+        LayoutMismatch,
         TooLarge,
         Busy,
         Draining,
@@ -192,6 +234,7 @@ _BY_CODE: dict[str, type[MicroserveError]] = {
         PeerLost,
         ProtocolError,
         VersionMismatch,
+        TransferFailed,
         DeadlineExceeded,
         Cancelled,
         InternalError,

@@ -27,6 +27,9 @@ TokenBytes = bytes
 Name = Annotated[str, Meta(max_length=256)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
+LeaseId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+PageBytes = bytes
+"""Page numbers, little-endian int32."""
 
 
 class Message(Struct, tag_field="t", omit_defaults=True, kw_only=True, frozen=True):
@@ -115,6 +118,9 @@ class StartGenerate(Message, tag="start_generate", frozen=True):
     `prior_output` = k: the last k prompt tokens were generated earlier; penalties, `min_tokens`, `max_tokens`, the
     random stream and usage continue from there. Budgets are seconds that remain when the message is sent:
     `admit_by` until it starts to run, `first_token_by` until its first token.
+
+    With `lease`: wait, at most `kv_wait`, until the KV of `[matched, begin)` has arrived, then prefill `[begin, len)`.
+    What does not arrive is computed here. Negative `begin` counts from the end.
     """
 
     request_id: Name
@@ -125,6 +131,8 @@ class StartGenerate(Message, tag="start_generate", frozen=True):
     prior_output: NonNegative = 0
     admit_by: Seconds | None = None
     first_token_by: Seconds | None = None
+    lease: LeaseId | None = None
+    kv_wait: Seconds | None = None
 
 
 class TokenLogprobs(Struct, array_like=True, frozen=True):
@@ -159,6 +167,10 @@ class Generated(Message, tag="generated", frozen=True):
     finish_reason: str
     usage: Usage
     stop_token: int | None = None
+    received_tokens: NonNegative = 0
+    """Prompt tokens whose KV came from other engines."""
+    recomputed_tokens: NonNegative = 0
+    """Prompt tokens whose KV should have come from other engines, did not, and was computed here."""
 
 
 class Abort(Message, tag="abort", frozen=True):
@@ -225,6 +237,24 @@ class Load(Struct, omit_defaults=True, frozen=True, kw_only=True):
     """"starting", "ready", "draining" or "degraded"."""
 
 
+class PeerLink(Struct, omit_defaults=True, frozen=True, kw_only=True):
+    """What one engine knows of its way to another: measured when they met."""
+
+    engine_id: str
+    epoch: int
+    state: str
+    """"connecting", "ready", "refused" (layouts differ, or a demanded transport is missing) or "lost"."""
+    transport: str = ""
+    """What carries the pages: "cuda_ipc", "rdma", "shm", "tcp", "local" …"""
+    gigabytes_per_second: float = 0.0
+    """Of the probe at connect, in 10**9 bytes."""
+    detail: str = ""
+    sent_bytes: int = 0
+    sent_seconds: float = 0.0
+    received_bytes: int = 0
+    failures: int = 0
+
+
 class EngineInfo(Struct, omit_defaults=True, frozen=True, kw_only=True):
     """Everything a router must know to use an engine."""
 
@@ -274,6 +304,7 @@ class Info(Message, tag="info", frozen=True):
 class InfoReply(Message, tag="info_reply", frozen=True):
     info: EngineInfo
     load: Load
+    links: list[PeerLink] = []
 
 
 class Stats(Message, tag="stats", frozen=True):
@@ -303,6 +334,230 @@ class EngineEvent(Message, tag="event", frozen=True):
     """"started", "state" (load.state changed), "load" (periodic), "stopping"."""
     load: Load
     detail: str = ""
+
+
+# --- verbs: KV that moves ------------------------------------------------------------------------------------------
+
+
+class KvAddress(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where KV of a prepared prompt is to go: a lease on `engine_id` of `epoch`.
+
+    Positions `[matched, end)` are awaited; `pages` are the receiver's page numbers for them, in order of position,
+    the first for position `matched` (a multiple of the page size). When `matched >= end` nothing is awaited.
+    """
+
+    engine_id: str
+    epoch: int
+    endpoint: str
+    """The receiver's API endpoint, where a sender claims."""
+    lease: LeaseId
+    matched: int
+    end: int
+    pages: PageBytes
+    layout: Layout
+
+
+class PrepRecv(Message, tag="prep_recv", frozen=True):
+    """Match the prompt, lock what matched, allocate pages for `[matched, end)`, open a lease. Reply: `Prepared`.
+
+    `end` None is the prompt's length; negative counts from the end. `expect_tokens`: output tokens that room is kept
+    for. `admit_by`: seconds until it is refused as `busy`; without it, at once.
+    """
+
+    request_id: Name
+    sub_id: Name
+    prompt: TokenBytes
+    end: int | None = None
+    expect_tokens: NonNegative = 0
+    admit_by: Seconds | None = None
+
+
+class Prepared(Message, tag="prepared", frozen=True):
+    address: KvAddress
+
+
+class RemoteSend(Message, tag="remote_send", frozen=True):
+    """Produce KV for `[begin, end)` and push it into the receiver's pages. Reply: `SendReport`.
+
+    `begin` is page-aligned and at least the address's `matched`; `end` at most its `end`. An empty range succeeds.
+    """
+
+    request_id: Name
+    sub_id: Name
+    prompt: TokenBytes
+    address: KvAddress
+    begin: int
+    end: int | None = None
+
+
+class SendReport(Message, tag="send_report", frozen=True):
+    """Of the tokens in the range, how many were `computed` for this call and how many `reused` from the prefix tree."""
+
+    computed: int
+    reused: int
+    bytes: int
+    seconds: float
+    """From the call's arrival to the end of the last push."""
+    push_seconds: float = 0.0
+    """Spent in pushes."""
+
+
+class Commit(Message, tag="commit", frozen=True):
+    """Complete pages that arrived enter the prefix tree without generating, and the lease ends. Reply: `Committed`.
+
+    Waits, at most `wait` seconds, for what is still on its way.
+    """
+
+    request_id: Name
+    sub_id: Name
+    lease: LeaseId
+    wait: Seconds | None = None
+
+
+class Committed(Message, tag="committed", frozen=True):
+    committed_until: int
+
+
+class Release(Message, tag="release", frozen=True):
+    """Ends a lease. Idempotent. Reply: `Released`."""
+
+    lease: LeaseId
+
+
+class Forgo(Message, tag="forgo", frozen=True):
+    """KV for `[begin, end)` of a lease will not come: who waits for it computes it. Idempotent. Reply: `Released`."""
+
+    lease: LeaseId
+    begin: int
+    end: int
+
+
+class Released(Message, tag="released", frozen=True):
+    outcome: str
+    """"freed", "quarantined" (a transfer may still be under way; the pages come back later) or "unknown"."""
+
+
+# --- verbs: engine to engine ---------------------------------------------------------------------------------------
+
+
+class PeerHello(Message, tag="peer_hello", frozen=True):
+    """An engine to another: who I am, what my pages look like, how my pool is reached. Reply: `PeerWelcome`.
+
+    `host`, `pid` and `pid_started` (clock ticks since boot) let a receiver on the same host prove a sender dead.
+    """
+
+    engine_id: Name
+    epoch: int
+    endpoint: str
+    layout: Layout
+    transport: str
+    metadata: bytes
+    host: str = ""
+    pid: int = 0
+    pid_started: int = 0
+
+
+class PeerWelcome(Message, tag="peer_welcome", frozen=True):
+    engine_id: Name
+    epoch: int
+    layout: Layout
+    transport: str
+    metadata: bytes
+    host: str = ""
+    pid: int = 0
+    pid_started: int = 0
+
+
+class Claim(Message, tag="claim", frozen=True):
+    """A sender asks for the right to write `[begin, end)` of a lease; one writer a range, ever. Reply: `Claimed`."""
+
+    lease: LeaseId
+    epoch: int
+    """The receiver's, from the address: a stale one is refused."""
+    begin: int
+    end: int
+    engine_id: Name
+    sender_epoch: int
+
+
+class Claimed(Message, tag="claimed", frozen=True):
+    claim: NonNegative
+    term: Seconds
+    """The sender counts from when it asked, and posts nothing after it."""
+
+
+class ClaimEnded(Message, tag="claim_ended", frozen=True):
+    """The transport has really finished with the pages of a claim. Idempotent. Reply: `Ok`. `error` "" means done."""
+
+    claim: NonNegative
+    error: str = ""
+
+
+class PeerAddress(Struct, frozen=True, kw_only=True):
+    engine_id: str
+    epoch: int
+    endpoint: str
+
+
+class Meet(Message, tag="meet", frozen=True):
+    """A router to an engine: the others of your model; it connects to those that it does not know. Reply: `Ok`."""
+
+    peers: list[PeerAddress]
+
+
+# --- verbs: prefix tree --------------------------------------------------------------------------------------------
+
+
+class CacheMatch(Message, tag="cache_match", frozen=True):
+    """How much of a prompt the prefix tree holds. Reply: `CacheMatched`."""
+
+    prompt: TokenBytes
+
+
+class CachePin(Message, tag="cache_pin", frozen=True):
+    """Keep what is cached of a prompt for `ttl` seconds; again renews it. Reply: `CacheMatched`: the tokens pinned."""
+
+    prompt: TokenBytes
+    ttl: Annotated[float, Meta(gt=0, le=31_536_000)]
+
+
+class CacheUnpin(Message, tag="cache_unpin", frozen=True):
+    """End the pin on the longest pinned prefix of a prompt. Reply: `CacheMatched`: the tokens that were pinned."""
+
+    prompt: TokenBytes
+
+
+class CacheEvict(Message, tag="cache_evict", frozen=True):
+    """Free cached pages that nobody uses or pinned: all, or a prompt's own. Reply: `CacheEvicted`."""
+
+    prompt: TokenBytes | None = None
+
+
+class CachePrefixes(Message, tag="cache_prefixes", frozen=True):
+    """The longest prefixes of the tree, longest first. Reply: `Prefixes`."""
+
+    count: Annotated[int, Meta(ge=1, le=1000)] = 20
+
+
+class CacheMatched(Message, tag="cache_matched", frozen=True):
+    tokens: int
+
+
+class CacheEvicted(Message, tag="cache_evicted", frozen=True):
+    pages: int
+
+
+class PrefixEntry(Struct, frozen=True, kw_only=True):
+    """One prefix of the tree. `prompt` is all of its token ids."""
+
+    prompt: TokenBytes
+    pages: int
+    references: int
+    pinned: bool
+
+
+class Prefixes(Message, tag="prefixes", frozen=True):
+    prefixes: list[PrefixEntry]
 
 
 # --- verbs: router, for clients ------------------------------------------------------------------------------------
@@ -409,13 +664,148 @@ class StatusReply(Message, tag="status_reply", frozen=True):
     http: str = ""
 
 
-EngineVerb = StartGenerate | Abort | Info | Stats | Drain | Resume
-RouterVerb = Announce | Heartbeat | Leave | Generate | ListModels | Tokenize | Detokenize | Status
+# --- verbs: router, for operators ----------------------------------------------------------------------------------
+
+
+SettingValue = bool | int | float | str
+
+
+class SettingInfo(Struct, frozen=True, kw_only=True):
+    """One setting of a strategy. `type` is "int", "float", "str" or "bool"."""
+
+    name: str
+    type: str
+    default: SettingValue
+
+
+class StrategyInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A strategy that can be chosen. `source` is "built in", an entry point or a file."""
+
+    name: str
+    summary: str
+    source: str
+    settings: list[SettingInfo] = []
+
+
+class ActiveStrategy(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A version that serves a share of a model's requests. `model` "" stands for every model without its own."""
+
+    model: str
+    version: str
+    name: str
+    settings: dict[str, SettingValue] = {}
+    share: float = 1.0
+    since: float = 0.0
+    """Unix time, seconds."""
+
+
+class StrategyChange(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of the history: what served from `at` (Unix time, seconds) on."""
+
+    number: int
+    at: float
+    model: str
+    active: list[ActiveStrategy]
+    reason: str = ""
+
+
+class ListStrategies(Message, tag="list_strategies", frozen=True):
+    """Reply: `Strategies`."""
+
+
+class Strategies(Message, tag="strategies", frozen=True):
+    """`problems`: sources that could not be loaded, each with file, line and reason. `history`: newest first."""
+
+    strategies: list[StrategyInfo]
+    active: list[ActiveStrategy]
+    problems: list[str] = []
+    history: list[StrategyChange] = []
+
+
+class SetStrategy(Message, tag="set_strategy", frozen=True):
+    """New requests are served by another version from now on. Reply: `StrategySet`. Files are read again.
+
+    `share` below 1 sends that part of the traffic to it, and the rest to what serves now. `dry_run` only validates.
+    """
+
+    name: str
+    model: str = ""
+    settings: dict[str, SettingValue] = {}
+    share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    dry_run: bool = False
+
+
+class RollbackStrategy(Message, tag="rollback_strategy", frozen=True):
+    """Back to what served before the last change of `model`, or before change `number`. Reply: `StrategySet`."""
+
+    model: str = ""
+    number: int | None = None
+
+
+class StrategySet(Message, tag="strategy_set", frozen=True):
+    """What serves `model` now (or would, after a dry run)."""
+
+    active: list[ActiveStrategy]
+    dry_run: bool = False
+
+
+class EngineCall(Message, tag="engine_call", frozen=True):
+    """A client to a router: make this call on that engine. Replies are the engine's own, parts included."""
+
+    engine_id: Name
+    body: EngineVerb
+
+
+EngineVerb = (
+    StartGenerate
+    | PrepRecv
+    | RemoteSend
+    | Commit
+    | Release
+    | Forgo
+    | Abort
+    | PeerHello
+    | Claim
+    | ClaimEnded
+    | Meet
+    | CacheMatch
+    | CachePin
+    | CacheUnpin
+    | CacheEvict
+    | CachePrefixes
+    | Info
+    | Stats
+    | Drain
+    | Resume
+)
+RouterVerb = (
+    Announce
+    | Heartbeat
+    | Leave
+    | Generate
+    | ListModels
+    | Tokenize
+    | Detokenize
+    | Status
+    | ListStrategies
+    | SetStrategy
+    | RollbackStrategy
+    | EngineCall
+)
 ReplyBody = (
     Ok
     | Tokens
     | Generated
     | Aborted
+    | Prepared
+    | SendReport
+    | Committed
+    | Released
+    | PeerWelcome
+    | Claimed
+    | CacheMatched
+    | CacheEvicted
+    | Prefixes
     | InfoReply
     | StatsReply
     | TextChunk
@@ -424,6 +814,8 @@ ReplyBody = (
     | Tokenized
     | Detokenized
     | StatusReply
+    | Strategies
+    | StrategySet
 )
 
 # --- RPC -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The life of a daemon: event loop, signals, drain, exit code."""
+"""The life of a daemon: event loop, signals, drain, reload, the service manager's watchdog, exit code."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from microserve.runtime.errors import CheckpointError, ConfigError, MicroserveError
 from microserve.runtime.log import get_logger
+from microserve.runtime.systemd import Notifier
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from types import FrameType
 
 EXIT_OK = 0
@@ -25,33 +27,92 @@ EXIT_CONFIG = 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+STATUS_INTERVAL = 2.0
+"""Seconds between status texts for the service manager."""
+
+
 class Lifecycle:
-    """What a service's main is given: when to finish.
+    """What a service's main is given: when to finish, and whom to tell.
 
     `draining` is set by the first SIGTERM or SIGINT: refuse what is new, finish what runs, return.
-    A second signal ends the process at once, whatever it is doing.
+    A second signal ends the process at once, whatever it is doing. SIGHUP calls `reload`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notifier: Notifier | None = None) -> None:
         self.draining = asyncio.Event()
         self.reason = ""
+        self.notifier = notifier if notifier is not None else Notifier({})
+        self.reload: Callable[[], None] | None = None
+        """Reads the configuration again; None: this service cannot. Raises `ConfigError` and changes nothing then."""
+        self.healthy: Callable[[], bool] = lambda: True
+        """Asked before each sign of life for the watchdog: whether everything beside the event loop moves, too."""
+        self._status: Callable[[], str] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def ready(self, status: Callable[[], str] | None = None) -> None:
+        """The service serves from now on. `status` makes the line that `systemctl status` shows."""
+        self._status = status
+        self.notifier.ready(status() if status is not None else "")
+        if status is not None and self.notifier.active:
+            self._tasks.append(asyncio.create_task(self._tell_status(status), name="service status"))
 
     def drain(self, reason: str) -> None:
         """Begin to drain, as a signal does. Idempotent; on the event loop only."""
         if not self.draining.is_set():
             self.reason = reason
+            self.notifier.stopping()
             self.draining.set()
 
     async def wait_drained(self, work: Awaitable[object], timeout: float) -> bool:
         """Wait for `work` (what runs) for at most `timeout` seconds. Whether it finished."""
         try:
-            await asyncio.wait_for(asyncio.ensure_future(work), timeout)
+            async with asyncio.timeout(timeout):
+                await work
         except TimeoutError:
             return False
         return True
 
+    def start_watchdog(self) -> None:
+        """Feed the service manager's watchdog, if it has one, from this event loop: a loop that hangs is restarted."""
+        if self.notifier.watchdog_interval is not None:
+            feeding = self._feed(self.notifier.watchdog_interval)
+            self._tasks.append(asyncio.create_task(feeding, name="service watchdog"))
 
-def run_service(main: Callable[[Lifecycle], Awaitable[None]], *, name: str = "microserve") -> int:
+    async def close(self) -> None:
+        """Ends what this started."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    def reload_now(self) -> None:
+        """What SIGHUP does."""
+        log = get_logger(__name__)
+        if self.reload is None:
+            log.warning("SIGHUP: this service has nothing that can be reloaded")
+            return
+        self.notifier.reloading()
+        try:
+            self.reload()
+        except ConfigError as error:
+            log.error("the configuration was not reloaded; the old one stays", error=error.message)
+        self.notifier.ready(self._status() if self._status is not None else "")
+
+    async def _feed(self, interval: float) -> None:
+        while True:
+            if self.healthy():
+                self.notifier.alive()
+            await asyncio.sleep(interval)
+
+    async def _tell_status(self, status: Callable[[], str]) -> None:
+        while not self.draining.is_set():
+            self.notifier.status(status())
+            await asyncio.sleep(STATUS_INTERVAL)
+
+
+def run_service(
+    main: Callable[[Lifecycle], Awaitable[None]], *, name: str = "microserve", environ: Mapping[str, str] = os.environ
+) -> int:
     """Run `main` on a fresh event loop until it returns; the exit code for `sys.exit`.
 
     0: it returned (after a drain, usually). 2: wrong configuration or checkpoint. 1: anything else.
@@ -60,7 +121,7 @@ def run_service(main: Callable[[Lifecycle], Awaitable[None]], *, name: str = "mi
     """
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(_supervised(main))
+            runner.run(_supervised(main, environ))
     except (ConfigError, CheckpointError) as error:
         _tell(name, error.message)
         return EXIT_CONFIG
@@ -80,10 +141,15 @@ def run_service(main: Callable[[Lifecycle], Awaitable[None]], *, name: str = "mi
     return EXIT_OK
 
 
-async def _supervised(main: Callable[[Lifecycle], Awaitable[None]]) -> None:
-    lifecycle = Lifecycle()
-    with _signals(lifecycle, asyncio.get_running_loop()):
-        await main(lifecycle)
+async def _supervised(main: Callable[[Lifecycle], Awaitable[None]], environ: Mapping[str, str]) -> None:
+    with contextlib.closing(Notifier(environ)) as notifier:
+        lifecycle = Lifecycle(notifier)
+        lifecycle.start_watchdog()
+        try:
+            with _signals(lifecycle, asyncio.get_running_loop()):
+                await main(lifecycle)
+        finally:
+            await lifecycle.close()
 
 
 @contextmanager
@@ -101,7 +167,11 @@ def _signals(lifecycle: Lifecycle, loop: asyncio.AbstractEventLoop) -> Iterator[
         loop.call_soon_threadsafe(lifecycle.drain, name)
         loop.call_soon_threadsafe(lambda: log.info("draining", signal=name))
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(lifecycle.reload_now)
+
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
         yield
     finally:

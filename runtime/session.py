@@ -113,6 +113,8 @@ class LiveSession:
         "_state",
         "_statistics",
         "peer",
+        "role",
+        "user",
     )
 
     def __init__(
@@ -127,6 +129,10 @@ class LiveSession:
     ) -> None:
         """`on_greeted` is told once whether a greeting that we began succeeded (None) or why not."""
         self.peer = peer
+        self.role = ""
+        """What the peer's key is for ("engine", "router", "client", "admin"); empty where keys are not in use."""
+        self.user = ""
+        """The peer's public key; empty where keys are not in use."""
         self._handler = handler
         self._channel = channel
         self._settings = settings

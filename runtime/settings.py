@@ -85,6 +85,24 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_running: Annotated[int, Meta(ge=1, description="requests computed at once")] = 64
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
     step_tokens: Annotated[int, Meta(ge=1, description="token budget of a step: decodes, then prompt chunks")] = 512
+    transport: Annotated[
+        Literal["auto", "nixl", "loopback"],
+        Meta(
+            description="what carries KV pages to other engines; auto: nixl if installed; loopback: within one process"
+        ),
+    ] = "auto"
+    require_link: Annotated[
+        str | None,
+        Meta(description="refuse peers not reached by this: cuda_ipc, rdma, shm, tcp (not set: any will do)"),
+    ] = None
+    ucx_devices: Annotated[
+        str,
+        Meta(description="network devices that KV may use (UCX_NET_DEVICES), such as mlx5_0:1; lo: this host alone"),
+    ] = "lo"
+    kv_wait: Annotated[float, Meta(ge=0, description="seconds to wait for KV before it is computed here")] = 10.0
+    lease_term: Annotated[float, Meta(gt=0, description="seconds that an unused lease lives")] = 30.0
+    lease_life: Annotated[float, Meta(gt=0, description="seconds that a lease lives at most")] = 300.0
+    lease_share: Annotated[float, Meta(gt=0, le=1, description="largest share of the pool that leases may hold")] = 0.5
     threads: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="CPU threads of the executor (not set: one per core)")
     ] = None
@@ -125,6 +143,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
     ] = {}
     strategy_folder: Annotated[
         str | None, Meta(description="folder of Python files that define further strategies (not set: none)")
+    ] = None
+    state_folder: Annotated[
+        str | None, Meta(description="folder where strategy versions are kept across restarts (not set: not kept)")
     ] = None
     engine_silence: Annotated[
         float, Meta(gt=0, description="seconds without a heartbeat after which an engine gets no new work")

@@ -53,11 +53,15 @@ class Switchboard:
         channel: Callable[[bytes], Channel],
         settings: SessionSettings,
         statistics: BusStatistics,
+        *,
+        admit: Callable[[Hello, str], str] | None = None,
     ) -> None:
-        """`channel` makes the way to a routing id."""
+        """`channel` makes the way to a routing id. `admit(hello, user)` gives a peer's role, or raises why it has none;
+        None where keys are not in use."""
         self._me = me
         self._handler = handler
         self._channel = channel
+        self._admit = admit
         self._settings = settings
         self._statistics = statistics
         self._sessions: dict[bytes, LiveSession] = {}
@@ -72,9 +76,14 @@ class Switchboard:
         """The open session of that routing id."""
         return self._sessions.get(routing_id)
 
-    def receive(self, routing_id: bytes, frame: bytes) -> None:
-        """One frame from `routing_id`. Never raises."""
+    def receive(self, routing_id: bytes, frame: bytes, user: str = "") -> None:
+        """One frame from `routing_id`, sent under the key `user`. Never raises."""
         session = self._sessions.get(routing_id)
+        if session is not None and session.user != user:
+            # Routing ids are the sender's own choice: somebody took another's, and libzmq handed the connection over.
+            self._statistics.unauthorized += 1
+            session.end(PeerLost(f"somebody else's connection took the place of {session.peer}"))
+            session = None
         if session is not None and frame[1:HEADER_BYTES] != GREETING_SEQ:
             session.receive(frame)
             return
@@ -92,7 +101,7 @@ class Switchboard:
             _log.debug("dropped a frame of an unknown sender", size=len(frame), why=error.message)
             return
         if isinstance(message, Hello):
-            self._greet(routing_id, message)
+            self._greet(routing_id, message, user)
         elif session is not None:
             session.receive(frame)
         else:
@@ -100,7 +109,7 @@ class Switchboard:
             if not isinstance(message, Bye):
                 self._answer(routing_id, Bye(reason="no session"))
 
-    def _greet(self, routing_id: bytes, hello: Hello) -> None:
+    def _greet(self, routing_id: bytes, hello: Hello, user: str) -> None:
         peer = Peer(hello.kind, hello.name, hello.epoch)
         name = (peer.kind, peer.name)
         dial = dial_number(peer, routing_id)
@@ -113,6 +122,14 @@ class Switchboard:
             self._statistics.malformed += 1
             self._refuse(routing_id, InvalidRequest(f"the hello of {peer} does not fit its routing id", param="name"))
             return
+        role = ""
+        if self._admit is not None:
+            try:
+                role = self._admit(hello, user)
+            except MicroserveError as error:
+                self._statistics.unauthorized += 1
+                self._refuse(routing_id, error)
+                return
         newest = self._newest.get(name)
         if newest is not None and newest.order > (peer.epoch, dial):
             self._statistics.strays += 1
@@ -125,6 +142,7 @@ class Switchboard:
             newest.session.end(PeerLost(f"{newest.session.peer} began another session as {peer}"), bye=bye)
         channel = _Tracked(self, routing_id, self._channel(routing_id))
         session = LiveSession(peer, self._handler, channel, self._settings, self._statistics)
+        session.role, session.user = role, user
         self._sessions[routing_id] = session
         self._newest[name] = _Newest((peer.epoch, dial), routing_id, session)
         session.accept(self._me)

@@ -19,10 +19,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import zmq
+import zmq.utils.z85
 
 from microserve.runtime.bus import BusStatistics
 from microserve.runtime.clock import monotonic
-from microserve.runtime.errors import ConfigError, MicroserveError, PeerLost, ProtocolError, VersionMismatch
+from microserve.runtime.errors import (
+    ConfigError,
+    MicroserveError,
+    PeerLost,
+    ProtocolError,
+    Unauthorized,
+    VersionMismatch,
+)
 from microserve.runtime.frames import MAX_FRAME_BYTES, pack, unpack
 from microserve.runtime.ids import Peer
 from microserve.runtime.log import get_logger
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 
     from microserve.runtime.bus import SessionHandler
     from microserve.runtime.clock import Clock
+    from microserve.runtime.keys import BusSecurity, KeyPair
 
 _log = get_logger(__name__)
 
@@ -60,6 +69,13 @@ _SETTLE: Final = 0.005
 """Seconds between the news of a disconnect and acting on it: what had arrived before is delivered first."""
 
 _MONITOR_EVENT: Final = struct.Struct("=HI")
+
+_REFUSALS: Final = int(
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+_ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+"""Where libzmq asks whether a key may come in (ZeroMQ RFC 27)."""
 
 
 class _Port:
@@ -164,18 +180,24 @@ class _Port:
 
 
 class _Monitor:
-    """Calls `disconnected()` when a connection of `port`'s socket has gone, after what it delivered has been read."""
+    """Calls `disconnected()` when a connection of `port`'s socket has gone, after what it delivered has been read.
 
-    def __init__(self, port: _Port, disconnected: Callable[[], None]) -> None:
+    `refused()` is called when a handshake failed: one of the two sides has the wrong key, or none.
+    """
+
+    def __init__(self, port: _Port, disconnected: Callable[[], None], refused: Callable[[], None]) -> None:
         self._watched = port
         self._disconnected = disconnected
+        self._refused = refused
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._port = _Port(port.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), self._take)
+        self._port = _Port(port.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSALS), self._take)
 
     def _take(self) -> None:
         event, _value = _MONITOR_EVENT.unpack(self._port.socket.recv_multipart(_NOBLOCK)[0])
-        if event == zmq.EVENT_DISCONNECTED and self._timer is None:
+        if event & _REFUSALS:
+            self._refused()
+        elif event == zmq.EVENT_DISCONNECTED and self._timer is None:
             self._timer = self._loop.call_later(_SETTLE, self._settled)
 
     def _settled(self) -> None:
@@ -205,7 +227,7 @@ class _Dialled:
         self._send = _plain_send(socket)
         self._receive = socket.recv
         self._port = _Port(socket, self._take)
-        self._monitor = _Monitor(self._port, self._disconnected)
+        self._monitor = _Monitor(self._port, self._disconnected, self._refused)
         self.greeted: asyncio.Future[MicroserveError | None] = asyncio.get_running_loop().create_future()
         unknown = Peer("listener", endpoint, 0)
         self.session = LiveSession(unknown, handler, self, bus.settings, bus.counters, on_greeted=self._on_greeted)
@@ -228,6 +250,10 @@ class _Dialled:
     def _disconnected(self) -> None:
         # libzmq would reconnect, perhaps to another incarnation; a session is never resumed.
         self.session.end(PeerLost(f"the connection to {self.session.peer} broke"))
+
+    def _refused(self) -> None:
+        # A restarted peer's half-open socket fails a handshake, too; only who has not greeted yet learns from it.
+        self.session.give_up(Unauthorized(f"{self.session.peer.name} refused our key, or does not know keys"))
 
     def drain(self) -> None:
         self._port.drain()
@@ -284,20 +310,40 @@ class ZmqListener:
 
     def __init__(self, bus: ZmqBus, endpoint: str, handler: SessionHandler) -> None:
         self._bus = bus
-        socket = bus.new_socket(zmq.ROUTER)
+        socket = bus.new_socket(zmq.ROUTER, binds=True)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.endpoint = _bind(socket, endpoint)
         self.switchboard = Switchboard(
-            bus.me, handler, lambda routing_id: _RouterChannel(self, routing_id), bus.settings, bus.counters
+            bus.me,
+            handler,
+            lambda routing_id: _RouterChannel(self, routing_id),
+            bus.settings,
+            bus.counters,
+            admit=bus.security.admit if bus.security is not None else None,
         )
         self.send = _plain_send(socket)
         self._receive = socket.recv
         self._option = socket.getsockopt
+        self._take = self._take_plain if bus.security is None else self._take_with_user
         self.port = _Port(socket, self._take)
-        self._monitor = _Monitor(self.port, self.switchboard.probe)
+        self._monitor = _Monitor(self.port, self.switchboard.probe, self._refused)
 
-    def _take(self) -> None:
+    def _refused(self) -> None:
+        self._bus.counters.unauthorized += 1
+        _log.warning("a connection was refused: no key, or one that is not authorized", every=1.0, at=self.endpoint)
+
+    def _take_with_user(self) -> None:
+        routing_id = self._receive(_NOBLOCK)
+        part = self.port.socket.recv(_NOBLOCK, copy=False)
+        frame = part.bytes
+        if self._option(_RCVMORE):
+            self.port.socket.recv_multipart(_NOBLOCK)
+            frame = b""
+        # What the ZAP handler below said of the connection: its public key.
+        self.switchboard.receive(routing_id, frame, str(part.get("User-Id")))
+
+    def _take_plain(self) -> None:
         routing_id = self._receive(_NOBLOCK)
         frame = self._receive(_NOBLOCK)
         if self._option(_RCVMORE):
@@ -328,8 +374,15 @@ class ZmqPublisher:
 
     def __init__(self, bus: ZmqBus, endpoint: str) -> None:
         self._bus = bus
-        self._socket = bus.new_socket(zmq.PUB)
+        self._socket = bus.new_socket(zmq.PUB, binds=True)
         self.endpoint = _bind(self._socket, endpoint)
+
+    def reopen(self) -> None:
+        """Ends every subscriber's connection: they come back at once, if their key is still let in."""
+        self._socket.unbind(self.endpoint)
+        self._socket.close(0)
+        self._socket = self._bus.new_socket(zmq.PUB, binds=True)
+        self.endpoint = _bind(self._socket, self.endpoint)
 
     def publish(self, event: EngineEvent) -> None:
         # A PUB never blocks: it drops for subscribers that are too slow, and the event's `seq` shows them that.
@@ -397,9 +450,14 @@ class ZmqBus:
         silence: float = 3.0,
         max_queue_bytes: int = MAX_FRAME_BYTES,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        security: BusSecurity | None = None,
     ) -> None:
-        """Times are seconds. `context` is shared by buses that talk over inproc, and stays its owner's to end."""
+        """Times are seconds. `context` is shared by buses that talk over inproc, and stays its owner's to end.
+
+        With `security` every socket speaks CURVE: we prove who we are, and only authorized keys are let in.
+        """
         self.me = me
+        self.security = security
         self.settings = SessionSettings(heartbeat, silence, max_queue_bytes, clock)
         self.counters = BusStatistics()
         self._context = zmq.Context() if context is None else context
@@ -411,6 +469,7 @@ class ZmqBus:
         self._looked_at = 0.0
         self._dials = 0
         self._closed = False
+        self._doorman = _Doorman(self._context, security) if security is not None else None
 
     async def listen(self, endpoint: str, handler: SessionHandler) -> ZmqListener:
         listener = ZmqListener(self, endpoint, handler)
@@ -463,14 +522,16 @@ class ZmqBus:
             connection.session.close("the process closes its bus")
         for endpoint in tuple(self._endpoints):
             endpoint.close()
+        if self._doorman is not None:
+            self._doorman.close()
         if self._owns_context:
             # Waits until the goodbyes have left, at most the linger time.
             await asyncio.get_running_loop().run_in_executor(None, self._context.term)
 
     # --- for the parts above ---
 
-    def new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        """A socket with the options that all of ours have."""
+    def new_socket(self, kind: int, *, binds: bool = False) -> zmq.Socket[bytes]:
+        """A socket with the options that all of ours have; one that `binds` speaks in the fleet's name."""
         if self._closed:
             raise PeerLost("the bus is closed")
         socket = self._context.socket(kind)
@@ -478,6 +539,8 @@ class ZmqBus:
         socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
         socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if self.security is not None:
+            _secure(socket, self.security, binds=binds)
         return socket
 
     def next_dial(self) -> int:
@@ -494,6 +557,29 @@ class ZmqBus:
     def forget_endpoint(self, endpoint: ZmqPublisher | ZmqSubscription) -> None:
         self._endpoints.discard(endpoint)
 
+    # --- keys ---
+
+    def _reload_keys(self, security: BusSecurity) -> None:
+        """authorized.toml is another: a CURVE connection outlives its key, so sessions of revoked ones end here."""
+        before = {key.public for key in security.ring.keys}
+        try:
+            security.ring.reload()
+        except ConfigError as error:
+            _log.error("keys were not reloaded; the old ones stay", every=10.0, error=error.message)
+            return
+        removed = before - {key.public for key in security.ring.keys}
+        _log.info("keys reloaded", authorized=len(security.ring), revoked=len(removed))
+        if not removed:
+            return
+        for endpoint in tuple(self._endpoints):
+            if isinstance(endpoint, ZmqPublisher):
+                endpoint.reopen()
+        for listener in tuple(self._listeners):
+            for session in listener.switchboard.sessions:
+                if security.ring.find(session.user) is None:
+                    self.counters.unauthorized += 1
+                    session.end(PeerLost(f"the key of {session.peer} was revoked"), bye="your key was revoked")
+
     # --- time ---
 
     def _start_ticking(self) -> None:
@@ -507,6 +593,8 @@ class ZmqBus:
             listener.port.drain()
         for connection in tuple(self._dialled):
             connection.drain()
+        if self.security is not None and self.security.ring.changed():
+            self._reload_keys(self.security)
         now = self.settings.clock()
         stalled = max(0.0, now - self._looked_at - 2 * self.settings.tick)
         self._looked_at = now
@@ -517,6 +605,51 @@ class ZmqBus:
         self._timer = None
         if self._listeners or self._dialled:
             self._timer = asyncio.get_running_loop().call_later(self.settings.tick, self._tick)
+
+
+class _Doorman:
+    """Answers libzmq's question whether a connection may come in, for every socket of a context that binds."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], security: BusSecurity) -> None:
+        self._security = security
+        socket = context.socket(zmq.REP)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(_ZAP_ENDPOINT)
+        self._port = _Port(socket, self._take)
+
+    def _take(self) -> None:
+        version, request, _domain, _address, _identity, mechanism, *credentials = self._port.socket.recv_multipart(
+            _NOBLOCK
+        )
+        public = zmq.utils.z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+        known = self._security.ring.find(public) is not None
+        status, text = (b"200", b"OK") if known else (b"400", b"not authorized")
+        self._port.socket.send_multipart([version, request, status, text, public.encode(), b""], _NOBLOCK)
+        self._port.recheck()
+
+    def close(self) -> None:
+        self._port.close()
+
+
+def new_key_pair() -> KeyPair:
+    """A fresh CURVE key pair: public, secret; Z85 text."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def _secure(socket: zmq.Socket[bytes], security: BusSecurity, *, binds: bool) -> None:
+    identity = security.identity
+    if binds:
+        if identity.fleet_secret is None:
+            socket.close(0)
+            raise ConfigError(f"the key of {identity.name!r} is a {identity.role}'s: it cannot listen")
+        socket.curve_secretkey = identity.fleet_secret.encode()
+        socket.curve_server = True
+        socket.setsockopt(zmq.ZAP_DOMAIN, b"microserve")
+    else:
+        socket.curve_publickey = identity.public.encode()
+        socket.curve_secretkey = identity.secret.encode()
+        socket.curve_serverkey = identity.fleet_public.encode()
 
 
 def _plain_send(socket: zmq.Socket[bytes]) -> Callable[[bytes, int], object]:

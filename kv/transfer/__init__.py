@@ -1,0 +1,1 @@
+"""Moving KV pages from one engine's pool into another's."""

@@ -1,0 +1,364 @@
+"""Keys: who a process is on the bus, and whom it lets in.
+
+A *folder of keys* belongs to one fleet::
+
+    fleet.key           the fleet's own key pair: proves to whoever dials that they reached this fleet   0600
+    NAME.key            the identity of one process or person: name, role, key pair                     0600
+    authorized.toml     who is let in: public keys with name and role
+
+Every daemon's identity (role engine or router) carries the fleet's secret too, because it binds sockets in the fleet's
+name; a client's or admin's carries the fleet's public key alone. Keys are CurveZMQ's, in Z85 text. This module knows
+files and rules, and no sockets.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Struct
+
+from microserve.runtime.errors import ConfigError, Forbidden, Unauthorized
+from microserve.runtime.ids import valid_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from microserve.runtime.messages import Hello
+
+Role = Literal["engine", "router", "client", "admin"]
+ROLES: tuple[str, ...] = get_args(Role)
+DAEMONS = frozenset({"engine", "router"})
+
+FLEET_FILE = "fleet.key"
+AUTHORIZED_FILE = "authorized.toml"
+
+_Z85_KEY = 40
+
+S = TypeVar("S", bound=Struct)
+
+KeyPair = tuple[str, str]
+"""Public and secret key, Z85, 40 characters each."""
+
+
+class FleetKey(Struct, frozen=True, forbid_unknown_fields=True):
+    """The fleet's key pair."""
+
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"FleetKey(public={self.public!r})"
+
+
+class Identity(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Who a process is. `fleet_secret` is there for daemons, which bind sockets in the fleet's name."""
+
+    name: str
+    role: Role
+    public: str
+    secret: str
+    fleet_public: str
+    fleet_secret: str | None = None
+
+    def __repr__(self) -> str:
+        # Never the secrets: this may end in a log or a traceback.
+        return f"Identity(name={self.name!r}, role={self.role!r}, public={self.public!r})"
+
+
+class AuthorizedKey(Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of authorized.toml."""
+
+    name: str
+    role: Role
+    public: str
+
+
+class _Authorized(Struct, frozen=True, forbid_unknown_fields=True):
+    keys: list[AuthorizedKey] = []
+
+
+def read_identity(path: Path) -> Identity:
+    """The identity in `path`. Raises `ConfigError`: not there, readable by others, or not a key file."""
+    return _read_secret(path, Identity, (lambda found: (found.public, found.secret, found.fleet_public)))
+
+
+class KeyRing:
+    """Who is let in: authorized.toml, read again when it changes."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ConfigError` when the file cannot be used."""
+        self.path = path
+        self._stamp: tuple[int, int] | None = None
+        self._by_public: dict[str, AuthorizedKey] = {}
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._by_public)
+
+    @property
+    def keys(self) -> list[AuthorizedKey]:
+        return list(self._by_public.values())
+
+    def find(self, public: str) -> AuthorizedKey | None:
+        """The entry of a public key."""
+        return self._by_public.get(public)
+
+    def reload(self) -> None:
+        """Reads the file. Raises `ConfigError`, and keeps what it had, when that is impossible."""
+        stamp = _stamp(self.path)
+        self._by_public = {each.public: each for each in read_authorized(self.path)}
+        self._stamp = stamp
+
+    def changed(self) -> bool:
+        """Whether the file is another than the one that was read."""
+        return _stamp(self.path) != self._stamp
+
+
+def read_authorized(path: Path) -> list[AuthorizedKey]:
+    """The entries of an authorized.toml. Raises `ConfigError`."""
+    _check_writers(path)
+    found = _parse(path, _Authorized).keys
+    names: set[str] = set()
+    for each in found:
+        if each.name in names:
+            raise ConfigError(f"{path}: the name {each.name!r} stands there twice")
+        names.add(each.name)
+        _check_keys(path, (each.public,))
+    return found
+
+
+@dataclass(slots=True)
+class BusSecurity:
+    """What a bus needs to know: who we are, and whom our sockets let in."""
+
+    identity: Identity
+    ring: KeyRing
+
+    @classmethod
+    def load(cls, key_file: Path) -> BusSecurity:
+        """The identity in `key_file`, and the authorized.toml beside it. Raises `ConfigError`."""
+        identity = read_identity(key_file)
+        ring = key_file.parent / AUTHORIZED_FILE
+        if identity.role in DAEMONS and identity.fleet_secret is None:
+            raise ConfigError(
+                f"{key_file}: a {identity.role} needs the fleet's secret; make it with 'microserve keys new'"
+            )
+        if identity.role not in DAEMONS and not ring.exists():
+            return cls(identity, _NO_RING)
+        return cls(identity, KeyRing(ring))
+
+    def admit(self, hello: Hello, public: str) -> str:
+        """The role of whoever says `hello` with that key. Raises `Unauthorized` or `Forbidden`."""
+        key = self.ring.find(public)
+        if key is None:
+            raise Unauthorized("your key is not authorized here")
+        expected = {"engine": "engine", "router": "router"}.get(hello.kind)
+        if expected is not None and key.role != expected:
+            raise Forbidden(
+                f"the key of {key.name!r} is a {key.role}'s; it cannot speak as {hello.kind} {hello.name!r}"
+            )
+        if expected is not None and key.name != hello.name:
+            raise Forbidden(f"the key of {key.name!r} cannot speak as {hello.kind} {hello.name!r}")
+        if expected is None and key.role in DAEMONS:
+            raise Forbidden(f"the key of {key.name!r} is a {key.role}'s; it cannot speak as a {hello.kind}")
+        return key.role
+
+
+class _NoRing(KeyRing):
+    """A client binds nothing, so it lets nobody in."""
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self._by_public = {}
+        self._stamp = None
+
+    def reload(self) -> None:
+        pass
+
+    def changed(self) -> bool:
+        return False
+
+
+_NO_RING = _NoRing()
+
+
+def check_exposed(endpoints: Iterable[tuple[str, str]], *, secured: bool, insecure: bool) -> None:
+    """Raises `ConfigError` when one of `(setting, address)` is off loopback and nothing guards it."""
+    if secured or insecure:
+        return
+    for setting, address in endpoints:
+        if not is_loopback(address):
+            raise ConfigError(
+                f"{setting} = {address!r} can be reached from other machines, and nothing would ask them who they are: "
+                "make keys ('microserve keys new') and set key_file, or say --insecure"
+            )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an endpoint or host is this machine's alone."""
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme != "tcp":
+        return True  # ipc, inproc, memory: the file system guards those
+    host = rest.rpartition(":")[0] if separator else address
+    host = host.strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+# --- making and changing keys --------------------------------------------------------------------------------------
+
+
+def new_identity(folder: Path, name: str, role: str, pair: Callable[[], KeyPair]) -> Path:
+    """Makes `folder/NAME.key`, and the fleet's key if it is the first; authorizes it. Returns the file.
+
+    Raises `ConfigError`: the name is taken or not a name, or the folder cannot be written.
+    """
+    if not valid_name(name) or name == "fleet":
+        raise ConfigError(f"{name!r} is not a name of letters, digits, '.', '_' and '-'")
+    path = folder / f"{name}.key"
+    authorized = folder / AUTHORIZED_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        known = read_authorized(authorized) if authorized.exists() else []
+        if path.exists() or any(each.name == name for each in known):
+            raise ConfigError(f"{name!r} has a key in {folder} already; revoke it first")
+        fleet_file = folder / FLEET_FILE
+        if not fleet_file.exists():
+            public, secret = pair()
+            _write_secret(fleet_file, {"public": public, "secret": secret})
+        fleet = _read_secret(fleet_file, FleetKey, (lambda found: (found.public, found.secret)))
+        public, secret = pair()
+        values = {"name": name, "role": role, "public": public, "secret": secret, "fleet_public": fleet.public}
+        if role in DAEMONS:
+            values["fleet_secret"] = fleet.secret
+        _write_secret(path, values)
+        entry = msgspec.convert({"name": name, "role": role, "public": public}, AuthorizedKey)
+        write_authorized(authorized, [*known, entry])
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"role {role!r} is none of {', '.join(ROLES)}") from error
+    return path
+
+
+def authorize(folder: Path, name: str, role: str, public: str) -> None:
+    """Lets a public key in that was made elsewhere. Raises `ConfigError`."""
+    path = folder / AUTHORIZED_FILE
+    known = read_authorized(path) if path.exists() else []
+    if not valid_name(name):
+        raise ConfigError(f"{name!r} is not a name of letters, digits, '.', '_' and '-'")
+    if role not in ROLES:
+        raise ConfigError(f"role {role!r} is none of {', '.join(ROLES)}")
+    _check_keys(path, (public,))
+    if any(each.name == name for each in known):
+        raise ConfigError(f"{name!r} is authorized already; revoke it first")
+    entry = msgspec.convert({"name": name, "role": role, "public": public}, AuthorizedKey)
+    try:
+        write_authorized(path, [*known, entry])
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def revoke(folder: Path, name: str) -> bool:
+    """Lets a name in no longer; its key file stays where it is. Whether it was authorized. Raises `ConfigError`."""
+    path = folder / AUTHORIZED_FILE
+    known = read_authorized(path)
+    kept = [each for each in known if each.name != name]
+    if len(kept) == len(known):
+        return False
+    try:
+        write_authorized(path, kept)
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+    return True
+
+
+def write_authorized(path: Path, entries: Iterable[AuthorizedKey]) -> None:
+    """Replaces the file in one step: daemons that watch it never see half of it. Raises `OSError`."""
+    lines = ["# Who is let in on the bus of this fleet. Daemons read it again when it changes.", ""]
+    for each in entries:
+        lines += ["[[keys]]", *(f"{key} = {_quoted(value)}" for key, value in msgspec.structs.asdict(each).items()), ""]
+    _replace(path, "\n".join(lines), 0o644)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _read_secret(path: Path, cls: type[S], keys: Callable[[S], tuple[str, ...]]) -> S:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot read key file {path}: {error.strerror}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{path} holds a secret, and others may read it (mode {mode & 0o777:04o}): chmod 600 {path}")
+    found = _parse(path, cls)
+    _check_keys(path, keys(found))
+    return found
+
+
+def _parse(path: Path, cls: type[S]) -> S:
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), cls)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        # Of the file's text nothing is repeated: it may be a secret.
+        raise ConfigError(f"{path} is not valid TOML") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path} is not a key file: {error}") from error
+
+
+def _check_keys(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
+        if len(key) != _Z85_KEY:
+            raise ConfigError(f"{path}: a key has {_Z85_KEY} characters, one there has {len(key)}")
+
+
+def _check_writers(path: Path) -> None:
+    """Who can write the list of authorized keys can let anybody in."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"{path} may be written by others (mode {mode & 0o777:04o}): chmod 644 {path}")
+
+
+def _write_secret(path: Path, values: dict[str, str]) -> None:
+    text = "# A secret: keep it to yourself.\n" + "".join(
+        f"{key} = {_quoted(value)}\n" for key, value in values.items()
+    )
+    _replace(path, text, 0o600)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Never world-readable, not even for a moment.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _quoted(value: str) -> str:
+    # Z85 knows neither quotes nor backslashes, and names neither.
+    return f"'{value}'"
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino

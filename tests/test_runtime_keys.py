@@ -1,0 +1,403 @@
+"""Keys on the bus: who gets in, who does not, and what happens to those whose key is revoked. Real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.bus_support import PATIENCE, Recorder, Signal
+
+from microserve.runtime.errors import ConfigError, Forbidden, PeerLost, Unauthorized
+from microserve.runtime.ids import Peer
+from microserve.runtime.keys import (
+    AUTHORIZED_FILE,
+    BusSecurity,
+    KeyRing,
+    authorize,
+    check_exposed,
+    is_loopback,
+    new_identity,
+    read_authorized,
+    read_identity,
+    revoke,
+)
+from microserve.runtime.messages import Call as CallMessage
+from microserve.runtime.messages import EngineEvent, Info, Load
+from microserve.runtime.zmq_bus import ZmqBus, new_key_pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+ENGINE, ROUTER = Peer("engine", "engine-0", 7), Peer("router", "router-0", 3)
+CLIENT = Peer("client", "somebody", 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "keys"
+    for name, role in (("router-0", "router"), ("engine-0", "engine"), ("me", "client"), ("root", "admin")):
+        new_identity(made, name, role, new_key_pair)
+    return made
+
+
+def bus(folder: Path, key: str | None, me: Peer, **options: Any) -> ZmqBus:
+    security = BusSecurity.load(folder / f"{key}.key") if key is not None else None
+    return ZmqBus(me, heartbeat=0.2, silence=2.0, security=security, **options)
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await work()
+
+    asyncio.run(bounded())
+
+
+async def refused(dialler: ZmqBus, endpoint: str, error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        await dialler.dial(endpoint, Recorder(), timeout=PATIENCE)
+    return str(caught.value)
+
+
+# --- on the bus ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "me", "role"), [("engine-0", ENGINE, "engine"), ("me", CLIENT, "client"), ("root", CLIENT, "admin")]
+)
+def test_an_authorized_key_gets_in_and_its_role_is_known(folder: Path, key: str, me: Peer, role: str) -> None:
+    async def work() -> None:
+        router, dialler, server, client = bus(folder, "router-0", ROUTER), bus(folder, key, me), Recorder(), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            session = await dialler.dial(listener.endpoint, client)
+            session.send(CallMessage(id=1, body=Info()))
+            await server.until(lambda it: it.messages)
+            assert server.messages == [CallMessage(id=1, body=Info())]
+            assert (server.session.peer, server.session.role) == (me, role)
+            server.session.send(CallMessage(id=2, body=Info()))
+            await client.until(lambda it: it.messages)
+            assert router.statistics().unauthorized == 0
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+def test_without_a_key_nobody_gets_in_and_it_is_counted(folder: Path) -> None:
+    async def work() -> None:
+        router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, None, CLIENT), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            assert "refused our key" in await refused(dialler, listener.endpoint, Unauthorized)
+            assert router.statistics().unauthorized >= 1
+            assert server.sessions == []
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+def test_a_key_of_another_fleet_does_not_get_in(folder: Path, tmp_path: Path) -> None:
+    new_identity(tmp_path / "other", "me", "client", new_key_pair)
+
+    async def work() -> None:
+        router, dialler, server = bus(folder, "router-0", ROUTER), bus(tmp_path / "other", "me", CLIENT), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            await refused(dialler, listener.endpoint, Unauthorized)
+            assert server.sessions == []
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+def test_a_key_that_is_not_authorized_does_not_get_in(folder: Path) -> None:
+    assert revoke(folder, "me")
+
+    async def work() -> None:
+        router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, "me", CLIENT), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            await refused(dialler, listener.endpoint, Unauthorized)
+            assert router.statistics().unauthorized >= 1
+            assert server.sessions == []
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("key", "me", "why"),
+    [
+        ("me", ENGINE, "cannot speak as engine"),
+        ("root", ROUTER, "cannot speak as router"),
+        ("engine-0", CLIENT, "cannot speak as a client"),
+        ("engine-0", Peer("engine", "engine-1", 7), "cannot speak as engine engine-1"),
+    ],
+)
+def test_a_key_speaks_for_what_it_was_made_for_alone(folder: Path, key: str, me: Peer, why: str) -> None:
+    async def work() -> None:
+        router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, key, me), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            assert why in (await refused(dialler, listener.endpoint, Forbidden)).replace("'", "")
+            assert (server.sessions, router.statistics().unauthorized) == ([], 1)
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+def test_revoking_a_key_ends_its_sessions_and_no_others(folder: Path) -> None:
+    async def work() -> None:
+        router, server = bus(folder, "router-0", ROUTER), Recorder()
+        mine, other = bus(folder, "me", CLIENT), bus(folder, "root", Peer("client", "other", 1))
+        lost, kept = Recorder(), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            await mine.dial(listener.endpoint, lost)
+            await other.dial(listener.endpoint, kept)
+            assert revoke(folder, "me")
+            await lost.until(lambda it: it.losses)
+            assert "your key was revoked" in str(lost.losses[0][1])
+            assert [str(session.peer) for session, _ in server.losses] == [str(CLIENT)]
+            assert kept.losses == []
+            await refused(mine, listener.endpoint, Unauthorized)
+        finally:
+            await mine.close()
+            await other.close()
+            await router.close()
+
+    run(work)
+
+
+def test_a_key_that_is_authorized_later_gets_in_without_a_restart(folder: Path) -> None:
+    async def work() -> None:
+        router, server = bus(folder, "router-0", ROUTER), Recorder()
+        listener = await router.listen("tcp://127.0.0.1:*", server)
+        new_identity(folder, "late", "client", new_key_pair)
+        late = bus(folder, "late", CLIENT)
+        try:
+            while True:
+                try:
+                    await late.dial(listener.endpoint, Recorder())
+                except Unauthorized:
+                    continue  # the router looks at the file four times a heartbeat
+                break
+        finally:
+            await late.close()
+            await router.close()
+
+    run(work)
+
+
+def test_a_list_that_became_unreadable_changes_nothing(folder: Path) -> None:
+    async def work() -> None:
+        router, server, client = bus(folder, "router-0", ROUTER), Recorder(), Recorder()
+        mine = bus(folder, "me", CLIENT)
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            (folder / AUTHORIZED_FILE).write_text("keys = nonsense")
+            session = await mine.dial(listener.endpoint, client)
+            assert not session.closed
+        finally:
+            await mine.close()
+            await router.close()
+
+    run(work)
+
+
+def test_events_reach_authorized_subscribers_alone(folder: Path) -> None:
+    async def work() -> None:
+        engine, mine = bus(folder, "engine-0", ENGINE), bus(folder, "me", CLIENT)
+        stranger = bus(folder, None, Peer("client", "stranger", 1))
+        seen, unseen, signal = [], [], Signal()
+
+        def receive(event: EngineEvent) -> None:
+            seen.append(event.seq)
+            signal.set()
+
+        try:
+            publisher = await engine.publisher("tcp://127.0.0.1:*")
+            await mine.subscribe(publisher.endpoint, receive)
+            await stranger.subscribe(publisher.endpoint, lambda event: unseen.append(event.seq))
+
+            async def publish() -> None:
+                for number in range(1, 10_000):
+                    publisher.publish(EngineEvent(engine_id="engine-0", epoch=7, seq=number, kind="load", load=Load()))
+                    await asyncio.sleep(0.01)
+
+            publishing = asyncio.create_task(publish())
+            await signal.until(lambda: len(seen) >= 3)
+            publisher.reopen()
+            count = len(seen)
+            await signal.until(lambda: len(seen) >= count + 3)
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+            assert unseen == []
+        finally:
+            await mine.close()
+            await stranger.close()
+            await engine.close()
+
+    run(work)
+
+
+def test_a_client_key_cannot_listen(folder: Path) -> None:
+    async def work() -> None:
+        mine = bus(folder, "me", CLIENT)
+        try:
+            with pytest.raises(ConfigError, match="cannot listen"):
+                await mine.listen("tcp://127.0.0.1:*", Recorder())
+        finally:
+            await mine.close()
+
+    run(work)
+
+
+def test_another_keys_connection_does_not_inherit_a_session(folder: Path) -> None:
+    """Routing ids are the dialler's own choice, and libzmq hands a taken one over to the newcomer."""
+
+    async def work() -> None:
+        router, server, client = bus(folder, "router-0", ROUTER), Recorder(), Recorder()
+        engine, thief = bus(folder, "engine-0", ENGINE), bus(folder, "me", ENGINE)
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            await engine.dial(listener.endpoint, client)
+            await refused(thief, listener.endpoint, Forbidden)
+            await server.until(lambda it: it.losses)
+            assert isinstance(server.losses[0][1], PeerLost)
+            assert len(server.sessions) == 1
+        finally:
+            await engine.close()
+            await thief.close()
+            await router.close()
+
+    run(work)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_made_is_secret_and_authorized(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["fleet.key", "router-0.key", "engine-0.key", "me.key", "root.key", AUTHORIZED_FILE]
+    )
+    for path in folder.glob("*.key"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert [(each.name, each.role) for each in read_authorized(folder / AUTHORIZED_FILE)] == [
+        ("router-0", "router"),
+        ("engine-0", "engine"),
+        ("me", "client"),
+        ("root", "admin"),
+    ]
+    engine, client = read_identity(folder / "engine-0.key"), read_identity(folder / "me.key")
+    assert engine.fleet_public == client.fleet_public
+    assert engine.fleet_secret is not None
+    assert client.fleet_secret is None
+    assert engine.secret not in repr(engine)
+    assert engine.fleet_secret not in repr(engine)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+def test_a_secret_that_others_can_read_is_refused(folder: Path, mode: int) -> None:
+    path = folder / "me.key"
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_identity(path)
+
+
+def test_a_list_that_others_can_write_is_refused(folder: Path) -> None:
+    path = folder / AUTHORIZED_FILE
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="may be written by others"):
+        KeyRing(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("name = 'x", "not valid TOML"),
+        ("name = 'x'", "not a key file"),
+        ("name='a'\nrole='king'\npublic='p'\nsecret='s'\nfleet_public='f'", "not a key file"),
+        ("name='a'\nrole='client'\npublic='p'\nsecret='s'\nfleet_public='f'", "has 40 characters"),
+    ],
+)
+def test_a_file_that_is_no_key_is_refused_and_not_repeated(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "a.key"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=why) as caught:
+        read_identity(path)
+    assert "secret='s'" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_identity(tmp_path / "none.key")
+
+
+def test_a_daemon_without_the_fleets_secret_is_refused(folder: Path) -> None:
+    path = folder / "engine-0.key"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("fleet_secret")]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="needs the fleet's secret"):
+        BusSecurity.load(path)
+
+
+def test_names_and_roles_are_checked(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="has a key"):
+        new_identity(folder, "me", "client", new_key_pair)
+    with pytest.raises(ConfigError, match="is not a name"):
+        new_identity(folder, "../me", "client", new_key_pair)
+    with pytest.raises(ConfigError, match="role 'king'"):
+        new_identity(folder, "him", "king", new_key_pair)
+    public, _ = new_key_pair()
+    authorize(folder, "guest", "client", public)
+    with pytest.raises(ConfigError, match="authorized already"):
+        authorize(folder, "guest", "client", public)
+    with pytest.raises(ConfigError, match="has 40 characters"):
+        authorize(folder, "guest-2", "client", "short")
+    assert not revoke(folder, "nobody")
+    assert os.listdir(folder) == [path.name for path in folder.iterdir()]  # no temporary file is left
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("tcp://127.0.0.1:7700", True),
+        ("tcp://[::1]:7700", True),
+        ("tcp://localhost:*", True),
+        ("ipc:///run/x.sock", True),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("tcp://*:7700", False),
+        ("tcp://0.0.0.0:7700", False),
+        ("tcp://10.0.0.1:7700", False),
+        ("tcp://eth0:7700", False),
+        ("0.0.0.0", False),
+        ("::", False),
+    ],
+)
+def test_what_is_loopback(address: str, loopback: bool) -> None:
+    assert is_loopback(address) is loopback
+
+
+def test_exposed_without_keys_is_refused_unless_it_is_meant() -> None:
+    exposed = [("bind", "tcp://0.0.0.0:7700")]
+    with pytest.raises(ConfigError, match=r"bind = .tcp:..0\.0\.0\.0:7700."):
+        check_exposed(exposed, secured=False, insecure=False)
+    check_exposed(exposed, secured=True, insecure=False)
+    check_exposed(exposed, secured=False, insecure=True)
+    check_exposed([("bind", "tcp://127.0.0.1:7700")], secured=False, insecure=False)

@@ -1,0 +1,106 @@
+"""`microserve config check FILE…` and `microserve config show`: what a configuration says, before a daemon reads it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microserve.runtime.config import EngineConfig, RouterConfig, explain_config
+from microserve.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_KINDS: dict[str, type[EngineConfig | RouterConfig]] = {"router": RouterConfig, "engine": EngineConfig}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code: 2 when something is wrong with a configuration."""
+    parser = argparse.ArgumentParser(prog="microserve config", description="Look at configuration files.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check | show")
+    check = actions.add_parser("check", help="say whether files are valid, and what is wrong")
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    show = actions.add_parser("show", help="the effective values, and where each came from")
+    show.add_argument("kind", choices=sorted(_KINDS), help="of which process")
+    show.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help="its TOML file (default: only the environment)"
+    )
+    show.add_argument("--changed", action="store_true", help="leave out what has its default")
+    for each in (check, show):
+        each.add_argument("--json", action="store_true", help="machine-readable")
+    check.add_argument("--kind", choices=sorted(_KINDS), default=None, help="of which process (default: what fits)")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "check":
+        return _check(arguments.files, arguments.kind, as_json=arguments.json)
+    return _show(arguments.kind, arguments.file, changed=arguments.changed, as_json=arguments.json)
+
+
+def _check(files: Sequence[Path], kind: str | None, *, as_json: bool) -> int:
+    results = []
+    for file in files:
+        error = ""
+        found = ""
+        try:
+            found = kind or kind_of(file)
+            for each in found.split("+"):
+                explain_config(_KINDS[each], file=file)
+        except ConfigError as problem:
+            error = problem.message
+        results.append({"file": str(file), "kind": found, "error": error})
+        if not as_json:
+            print(f"{file}: {error}" if error else f"{file}: valid ({found})", file=sys.stderr if error else sys.stdout)
+    if as_json:
+        print(msgspec.json.encode(results).decode())
+    return 2 if any(result["error"] for result in results) else 0
+
+
+def kind_of(file: Path) -> str:
+    """ "router", "engine" or "router+engine": whose configuration a file is. Raises `ConfigError` if unclear."""
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    sections = [kind for kind in sorted(_KINDS, reverse=True) if isinstance(table.get(kind), dict)]
+    if sections:
+        return "+".join(sections)
+    own = {kind: {field.name for field in msgspec.structs.fields(cls)} for kind, cls in _KINDS.items()}
+    # Who knows more of its keys; a file that is empty or all shared keys goes by its name.
+    score = {kind: len(names & table.keys()) for kind, names in own.items()}
+    if score["router"] != score["engine"]:
+        return max(score, key=lambda kind: score[kind])
+    for kind in _KINDS:
+        if kind in file.name:
+            return kind
+    raise ConfigError(f"{file}: it is not clear whether this is a router's or an engine's; say --kind")
+
+
+def _show(
+    kind: str, file: Path | None, *, changed: bool, as_json: bool, environ: Mapping[str, str] = os.environ
+) -> int:
+    try:
+        found = explain_config(_KINDS[kind], file=file, environ=environ)
+    except ConfigError as error:
+        print(f"microserve config: error: {error.message}", file=sys.stderr)
+        return 2
+    if changed:
+        found = [each for each in found if each.origin != "default"]
+    if as_json:
+        print(msgspec.json.encode([each._asdict() for each in found]).decode())
+        return 0
+    texts = [(each.key, _text(each.value), each.origin) for each in found]
+    widths = [max((len(row[column]) for row in texts), default=0) for column in (0, 1)]
+    for key, value, origin in texts:
+        print(f"{key:{widths[0]}}  {value:{min(widths[1], 48)}}  {origin}")
+    return 0
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else msgspec.json.encode(value).decode()

@@ -1,0 +1,237 @@
+"""`microserve install-units`: the systemd units of router and engines, and commented examples of their configuration.
+
+Installs again what changed and says what it did; a configuration file that exists is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+UNITS = ("microserve-router.service", "microserve-engine@.service", "microserve.target")
+EXAMPLES = {"router.toml": "router.toml", "engine-0.toml": "engine.toml"}
+USER = "microserve"
+
+_SYSTEM = f"""User={USER}
+Group={USER}"""
+
+_BACK_OFF = """RestartSteps=6
+RestartMaxDelaySec=60"""
+_BACK_OFF_SINCE = 254
+"""The first systemd that knows those two; an older one restarts at an even pace."""
+
+_SANDBOX = """NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ProtectHome={home}
+PrivateTmp=yes
+PrivateMounts=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc={proc}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+RemoveIPC={ipc}
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM"""
+
+_USER_SANDBOX = """NoNewPrivileges=yes
+UMask=0077"""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things go, for the system or for one user."""
+
+    units: Path
+    config: Path
+    named_config: str
+    """What the units call `config`."""
+    system: bool
+
+    @classmethod
+    def of_system(cls, root: Path) -> Places:
+        """`root` is "/" but in tests and images."""
+        return cls(root / "etc/systemd/system", root / "etc/microserve", "/etc/microserve", True)
+
+    @classmethod
+    def of_user(cls, home: Path) -> Places:
+        config = home / ".config/microserve"
+        return cls(home / ".config/systemd/user", config, str(config), False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="microserve install-units", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--user", action="store_true", help="for your own service manager instead of the system's")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--remove", action="store_true", help="take the units away; configuration stays")
+    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="install below DIR (for images)")
+    arguments = parser.parse_args(argv)
+    places = Places.of_user(Path.home()) if arguments.user else Places.of_system(arguments.root)
+    live = arguments.root == Path("/") and not arguments.dry_run
+    if live and places.system and os.geteuid() != 0:
+        print("microserve install-units: error: needs root; try --user, or --dry-run to see", file=sys.stderr)
+        return 1
+    work = Work(dry=arguments.dry_run)
+    try:
+        if arguments.remove:
+            remove(places, work)
+        else:
+            install(places, work, make_user=live and places.system)
+        if live and places.system and not arguments.remove:
+            # The daemons read it, and nobody else: keys may stand in it.
+            work.run(["chgrp", "-R", USER, str(places.config)])
+        if live and work.units_changed:
+            work.run(["systemctl", *([] if places.system else ["--user"]), "daemon-reload"])
+    except OSError as error:
+        print(f"microserve install-units: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    if not arguments.remove:
+        print(_next_steps(places))
+    return 0
+
+
+class Work:
+    """Does things and says so, or only says so."""
+
+    def __init__(self, *, dry: bool, say: Callable[[str], None] = print) -> None:
+        self.units_changed = False
+        self._dry = dry
+        self._say = say
+
+    def write(self, path: Path, text: str, *, mode: int, keep: bool = False) -> None:
+        """`keep`: a file that exists stays as it is, whatever it says."""
+        present = path.read_text(encoding="utf-8") if path.exists() else None
+        if present == text or (keep and present is not None):
+            self._say(f"unchanged  {path}")
+            return
+        self._say(f"{self._word('write')}  {path}")
+        self.units_changed |= not keep
+        if not self._dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            path.chmod(mode)
+
+    def delete(self, path: Path) -> None:
+        if not path.exists():
+            self._say(f"not there  {path}")
+            return
+        self._say(f"{self._word('remove')}  {path}")
+        self.units_changed = True
+        if not self._dry:
+            path.unlink()
+
+    def run(self, command: Sequence[str]) -> None:
+        """A failure is told, and is not the end: a container may have no service manager."""
+        self._say(f"{self._word('run')}  {' '.join(command)}")
+        if self._dry:
+            return
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            self._say(f"  {command[0]} is not there: run it yourself where it is")
+            return
+        if done.returncode:
+            self._say(f"  it failed: {(done.stderr or done.stdout).strip()}")
+
+    def _word(self, verb: str) -> str:
+        return f"would {verb}" if self._dry else f"{verb}   "
+
+
+def install(places: Places, work: Work, *, make_user: bool) -> None:
+    """Writes units and example configuration. Idempotent. Raises `OSError`."""
+    if places.system and (make_user or work._dry) and not _user_exists():
+        home = "/var/lib/microserve"
+        work.run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", USER])
+    for name in UNITS:
+        work.write(places.units / name, unit_text(name, places), mode=0o644)
+    for name, source in EXAMPLES.items():
+        work.write(places.config / name, _data(source).replace("NAME", "0"), mode=0o640, keep=True)
+
+
+def remove(places: Places, work: Work) -> None:
+    """Takes the units away. Idempotent. Raises `OSError`."""
+    for name in UNITS:
+        work.delete(places.units / name)
+
+
+def unit_text(name: str, places: Places) -> str:
+    """A unit with its places filled in."""
+    engine = "engine" in name
+    home = "read-only" if _under_home(Path(sys.prefix)) else "yes"
+    # UCX proves that a peer on this host is dead by its /proc entry, and shares memory with it by SysV and POSIX names.
+    sandbox = _SANDBOX.format(proc="default" if engine else "invisible", ipc="no" if engine else "yes", home=home)
+    values = {
+        "python": sys.executable,
+        "config": places.named_config,
+        "state": "%S/microserve",
+        "cache": "%C/microserve",
+        "backoff": _BACK_OFF if systemd_version() >= _BACK_OFF_SINCE else "# This systemd restarts at an even pace.",
+        "system": _SYSTEM if places.system else "",
+        "sandbox": sandbox if places.system else _USER_SANDBOX,
+        "target": "multi-user.target" if places.system else "default.target",
+    }
+    text = _data(name)
+    if not places.system:
+        # A user's manager may not restrict devices or raise limits.
+        dropped = ("DevicePolicy", "DeviceAllow", "PrivateDevices", "LimitMEMLOCK", "Restrict", "# GPUs", "# RDMA")
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(dropped))
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
+def systemd_version() -> int:
+    """The major version of this host's systemd; 0 without one."""
+    try:
+        shown = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return 0
+    word = (shown.split() or ["", "0"])[1:2]
+    return int(word[0]) if word and word[0].isdigit() else 0
+
+
+def _under_home(path: Path) -> bool:
+    return any(path.is_relative_to(home) for home in ("/home", "/root", "/run/user"))
+
+
+def _user_exists() -> bool:
+    try:
+        pwd.getpwnam(USER)
+    except KeyError:
+        return False
+    return True
+
+
+def _data(name: str) -> str:
+    return resources.files("microserve.tools").joinpath("systemd", name).read_text(encoding="utf-8")
+
+
+def _next_steps(places: Places) -> str:
+    control = "systemctl" if places.system else "systemctl --user"
+    return (
+        f"\nnext: edit {places.config}/router.toml and {places.config}/engine-0.toml, then\n"
+        f"  {control} enable --now microserve.target microserve-router microserve-engine@0\n"
+        f"  {control} status 'microserve*'\n"
+        "one more engine: copy engine-0.toml to engine-1.toml, change engine_id and device, enable microserve-engine@1"
+    )
