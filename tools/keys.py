@@ -1,0 +1,100 @@
+"""`microserve keys new|list|authorize|revoke`: who is let in on the bus of a fleet.
+
+The folder (default: /etc/microserve/keys for root, ~/.config/microserve/keys for others) belongs to the fleet: copy a
+daemon its own key file and authorized.toml, a person their key file alone. Daemons read authorized.toml again when it
+changes; revoking a key ends its sessions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microserve.runtime.errors import ConfigError
+from microserve.runtime.keys import AUTHORIZED_FILE, DAEMONS, ROLES, authorize, new_identity, read_authorized, revoke
+from microserve.runtime.zmq_bus import new_key_pair
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder or default_folder()
+    try:
+        match arguments.action:
+            case "new":
+                _new(folder, arguments.name, arguments.role)
+            case "list":
+                _list(folder, as_json=arguments.json)
+            case "authorize":
+                authorize(folder, arguments.name, arguments.role, arguments.public)
+                print(f"{arguments.name} is let in as {arguments.role} ({folder / AUTHORIZED_FILE})")
+            case _:
+                if not revoke(folder, arguments.name):
+                    print(f"microserve keys: error: {arguments.name!r} is not authorized in {folder}", file=sys.stderr)
+                    return 1
+                print(
+                    f"{arguments.name} is let in no longer; daemons that read {folder / AUTHORIZED_FILE} end its sessions"
+                )
+    except ConfigError as error:
+        print(f"microserve keys: error: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def default_folder() -> Path:
+    """Where a fleet's keys are, unless told otherwise."""
+    return Path("/etc/microserve/keys") if os.geteuid() == 0 else Path.home() / ".config/microserve/keys"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="microserve keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--folder", type=Path, default=None, metavar="DIR", help="the fleet's folder of keys")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="new | list | authorize | revoke")
+    new = actions.add_parser("new", parents=[shared], help="make a key and let it in")
+    listing = actions.add_parser("list", parents=[shared], help="show who is let in")
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    letting = actions.add_parser("authorize", parents=[shared], help="let a public key in that was made elsewhere")
+    ending = actions.add_parser("revoke", parents=[shared], help="let a name in no longer, and end its sessions")
+    for each in (new, letting, ending):
+        each.add_argument("name", help="of the process or person; a daemon's is its engine_id or router_id")
+    for each in (new, letting):
+        each.add_argument(
+            "--role",
+            choices=ROLES,
+            required=True,
+            help="engine and router: daemons; client: requests; admin: everything",
+        )
+    letting.add_argument("public", help="the public key: 40 characters")
+    return parser
+
+
+def _new(folder: Path, name: str, role: str) -> None:
+    path = new_identity(folder, name, role, new_key_pair)
+    print(f"wrote   {path}  (a secret: mode 0600)")
+    print(f"let in  {name} as {role}  ({folder / AUTHORIZED_FILE})")
+    if role in DAEMONS:
+        print(f'next    key_file = "{path}" in its configuration; authorized.toml stands beside it')
+    else:
+        print(f"next    give {path} to {name}: MICROSERVE_KEY_FILE={path}, or --key-file")
+
+
+def _list(folder: Path, *, as_json: bool) -> None:
+    found = read_authorized(folder / AUTHORIZED_FILE)
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+        return
+    width = max((len(each.name) for each in found), default=0)
+    for each in found:
+        print(f"{each.name:{width}}  {each.role:6}  {each.public}")
