@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.engine.executor import Executor
+    from microserve.engine.outputs import Output
+    from microserve.engine.receiving import Receiving
     from microserve.engine.request import Request
-    from microserve.engine.scheduler import Output, Scheduler
+    from microserve.engine.scheduler import Scheduler
     from microserve.runtime.clock import Clock
     from microserve.runtime.messages import Load
 
@@ -49,9 +51,11 @@ class StepLoop:
         post: Callable[..., object],
         deliver: Callable[[list[Output]], None],
         crashed: Callable[[BaseException], None],
+        receiving: Receiving | None = None,
         clock: Clock = monotonic,
     ) -> None:
         self._scheduler = scheduler
+        self._receiving = receiving
         self._executor = executor
         self._depth = min(executor.depth, MAX_DEPTH)
         self._post = post
@@ -88,17 +92,18 @@ class StepLoop:
 
     def submit(self, request: Request) -> None:
         """Hands over `request`; its outputs, a refusal included, come through `deliver`."""
-        self._command(lambda: self._submit(request))
+        self.command(lambda: self._submit(request))
 
     def abort(self, request: Request) -> None:
         """Ends `request` at the next step boundary. Nothing more is delivered for it from there."""
-        self._command(lambda: self._abort(request))
+        self.command(lambda: self._abort(request))
 
     def ask(self, function: Callable[[], T], done: Callable[[T], None]) -> None:
         """Runs `function` at a step boundary, in the step thread, and posts its result to `done`."""
-        self._command(lambda: self._ask(function, done))
+        self.command(lambda: self._ask(function, done))
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def command(self, command: Callable[[], None]) -> None:
+        """Runs `command` at a step boundary, in the step thread. It must not raise: that ends the engine."""
         self._inbox.append(command)
         self._wake.set()
 
@@ -109,6 +114,8 @@ class StepLoop:
         self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
+        if self._receiving is not None:
+            self._receiving.turn(self._clock())
         stepped = self._step()
         if outputs := self._scheduler.take_outputs():
             self._post(self._deliver, outputs)
@@ -169,7 +176,11 @@ class StepLoop:
 
     def _wait(self) -> None:
         timeout = None if self._scheduler.idle else _RETRY_WAIT
-        if (deadline := self._scheduler.next_deadline()) is not None:
-            until = max(0.0, deadline - self._clock())
-            timeout = until if timeout is None else min(timeout, until)
+        deadlines = [self._scheduler.next_deadline()]
+        if self._receiving is not None:
+            deadlines.append(self._receiving.next_deadline())
+        for deadline in deadlines:
+            if deadline is not None:
+                until = max(0.0, deadline - self._clock())
+                timeout = until if timeout is None else min(timeout, until)
         self._wake.wait(timeout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class State(enum.Enum):
     """Admitted: it owns the pages of everything known, and part of that is not launched yet."""
     DECODE = "decode"
     """Everything known has been launched: one token a step from here on."""
+    RECEIVING = "receiving"
+    """Accepted; its KV is on its way from another engine, into pages that its lease holds."""
+    SENDING = "sending"
+    """A send of which everything is launched or given up: it keeps its pages until the transfer has ended."""
     PREEMPTED = "preempted"
     """Its pages were taken for an older request; it waits to recompute them. What was streamed stays streamed."""
     FINISHED = "finished"
@@ -46,9 +50,14 @@ FINAL = frozenset({State.FINISHED, State.FAILED, State.ABORTED})
 ADMITTED = frozenset({State.PREFILL, State.DECODE})
 """States that hold pages and take part in steps."""
 
+HOLDING = ADMITTED | {State.SENDING}
+"""States that hold pages."""
+
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.WAITING: FINAL | {State.PREFILL},
-    State.PREFILL: FINAL | {State.DECODE, State.PREEMPTED},
+    State.WAITING: FINAL | {State.PREFILL, State.RECEIVING, State.SENDING},
+    State.RECEIVING: FINAL | {State.WAITING},
+    State.PREFILL: FINAL | {State.DECODE, State.SENDING, State.PREEMPTED},
+    State.SENDING: FINAL,
     State.DECODE: FINAL | {State.PREEMPTED},
     # A step that was launched before the preemption may still bring the last token.
     State.PREEMPTED: FINAL | {State.PREFILL},
@@ -58,8 +67,22 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 }
 
 
+class ReceivedKv(Protocol):
+    """KV that other engines put into our pages for one request. One of the two is called, once, in the step thread."""
+
+    def take(self) -> tuple[PrefixLock, PageArray, int]:
+        """The lock on what was matched, the pages after it (now OWNED), and the position where computing begins."""
+        ...
+
+    def drop(self) -> None:
+        """The request ends without it."""
+        ...
+
+
 class Request:
-    """One generation. Built by whoever receives the call, owned by the scheduler from `Scheduler.submit` on.
+    """One generation, or with `sends` one send: KV of its whole prompt, and no token.
+
+    Built by whoever receives the call, owned by the scheduler from `Scheduler.submit` on.
 
     `prompt` int32 [n] includes `prior_output` tokens that were generated elsewhere; `prompt_length` does not.
     `admit_by`, `first_token_by` and `deadline` are monotonic seconds.
@@ -79,6 +102,7 @@ class Request:
         "insert_at",
         "introduced",
         "known",
+        "kv",
         "lock",
         "min_known",
         "page_capacity",
@@ -87,12 +111,17 @@ class Request:
         "progressed",
         "prompt_length",
         "prompt_total",
+        "ready_pages",
+        "received",
+        "recomputed",
         "request_id",
         "room",
         "sampling",
         "scheduled",
         "seed",
+        "sends",
         "state",
+        "stopped",
         "stops",
         "sub_id",
         "table",
@@ -111,6 +140,7 @@ class Request:
         admit_by: float | None = None,
         first_token_by: float | None = None,
         deadline: float | None = None,
+        sends: bool = False,
     ) -> None:
         self.request_id = request_id
         self.sub_id = sub_id
@@ -119,6 +149,17 @@ class Request:
         self.admit_by = admit_by
         self.first_token_by = first_token_by
         self.deadline = deadline
+        self.sends = sends
+        self.stopped = False
+        """A send that computes no more."""
+        self.ready_pages = 0
+        """Pages of a send that its coordinator knows of."""
+        self.kv: ReceivedKv | None = None
+        """What other engines sent, until it is taken or dropped."""
+        self.received = 0
+        """Prompt tokens whose KV came from other engines."""
+        self.recomputed = 0
+        """Prompt tokens whose KV should have come from other engines, and did not."""
         self.state = State.WAITING
         self.id = 0
         """The sequence number that the executor knows; given by the scheduler, in order of arrival."""

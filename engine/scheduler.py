@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from msgspec import Struct
 
+from microserve.engine.outputs import Computed, Output, Ready
 from microserve.engine.plan import SequenceStart, Slice, StepPlan
-from microserve.engine.request import ADMITTED, FINAL, NEVER, Request, State
+from microserve.engine.request import ADMITTED, FINAL, HOLDING, NEVER, Request, State
 from microserve.engine.sharing import share
 from microserve.engine.waiting import Budget, Deadlines, WaitingLine
-from microserve.kv.pages import IntegrityError
+from microserve.kv.pages import IntegrityError, PageState
 from microserve.runtime.errors import (
     Busy,
     ConfigError,
@@ -75,14 +75,6 @@ class Limits:
             raise ConfigError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}")
 
 
-class Output(Struct, frozen=True):
-    """Something to tell the caller of `request`; a final one is the last."""
-
-    request: Request
-    body: Tokens | Generated | MicroserveError
-    final: bool
-
-
 @dataclass(slots=True)
 class _Flight:
     """A launched step: its plan, the requests that decode in it, and those that prefill, both in the plan's order."""
@@ -113,6 +105,12 @@ class Scheduler:
         self._waiting = WaitingLine()
         self._prefilling: dict[int, Request] = {}
         self._decoding: dict[int, Request] = {}
+        self._receiving: dict[int, Request] = {}
+        """Requests whose KV is on its way."""
+        self._sending: dict[int, Request] = {}
+        """Sends that compute no more and keep their pages."""
+        self._sends = 0
+        """Sends that are not final."""
         self._deadlines = Deadlines(self._live)
         self._flights: deque[_Flight] = deque()
         self._unretired: deque[int] = deque()
@@ -172,17 +170,120 @@ class Scheduler:
         places = max(0, self.limits.max_running - self.running)
         if len(self._waiting) >= self.limits.max_waiting + places:
             raise Busy(f"{self._waiting.new} requests wait already", retry_after=self.retry_after())
+        if self._enter(request, now):
+            self._waiting.add(request)
+
+    def _enter(self, request: Request, now: float) -> bool:
+        """Makes it one of ours. False: it has ended already."""
         request.id = next(self._ids)
         sampling = request.sampling
         request.stops = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos))
         request.end = min(request.prompt_length + sampling.max_tokens, self.max_context)
         self._live[request.id] = request
-        if request.known >= request.end:
+        if request.known >= request.end and not request.sends:
             # All the output that was asked for was generated elsewhere.
             self._finish(request, "length", now)
-            return
-        self._waiting.add(request)
+            return False
         self._deadlines.watch(request)
+        return True
+
+    # --- KV that comes from other engines ----------------------------------------------------------------------------
+
+    def receive(self, request: Request, now: float) -> None:
+        """Takes a request whose `kv` is on its way; `received` or `not_received` follows, unless it ends before.
+
+        Raises `ContextLengthExceeded`, which changes nothing.
+        """
+        self.check_prompt(request.known)
+        request.admit_by = None  # its pages are there: it is admitted as soon as its KV is
+        if self._enter(request, now):
+            request.move(State.RECEIVING)
+            self._receiving[request.id] = request
+
+    def received(self, request: Request) -> None:
+        """Its KV has arrived: it is next in line."""
+        del self._receiving[request.id]
+        request.move(State.WAITING)
+        self._waiting.add(request)
+
+    def not_received(self, request: Request) -> None:
+        """Its KV will not come: it computes what the prefix tree does not have, in pages of its own."""
+        request.kv = None
+        self.received(request)
+
+    # --- KV that goes to other engines -------------------------------------------------------------------------------
+
+    def submit_send(self, request: Request, now: float) -> None:
+        """Takes a send: KV of all of `request`'s prompt is computed where the prefix tree does not have it.
+
+        Its pages are told as they become `Ready`, and kept until `finish_send`. Nobody waits while holding pages that
+        another waits for, so without room it raises `Busy` at once. Raises `ContextLengthExceeded`, too.
+        """
+        self.check_prompt(request.known)
+        if self._sends >= self.limits.max_running:
+            raise Busy(f"{self._sends} sends are under way", retry_after=self.retry_after())
+        known, size = request.known, self._page_size
+        lock = self.cache.acquire(request.history[:known])
+        needed = -(-known // size) - len(lock.pages)
+        room = self.cache.available() >= needed + self.running
+        pages = self.cache.allocate(needed) if room else None
+        if pages is None:
+            self.cache.release(lock)
+            raise Busy(f"{needed} pages are needed and not free", retry_after=self.retry_after())
+        self._enter(request, now)
+        self._sends += 1
+        request.end = NEVER
+        request.cached = lock.length
+        self._counts["hit"] += lock.length
+        self._counts["lookup"] += known
+        request.hold(lock, pages, size, 0)
+        request.insert_at = known
+        request.progressed = self._steps
+        if request.remaining:
+            request.move(State.PREFILL)
+            self._prefilling[request.id] = request
+            key = (lock.length, request.history[lock.length : lock.length + size].tobytes())
+            request.builds = key
+            self._builders.setdefault(key, request)
+        else:
+            request.move(State.SENDING)
+            self._sending[request.id] = request
+        self._tell_ready(request)
+
+    def stop_send(self, request: Request) -> None:
+        """Computes no more of a send; its pages are kept until `finish_send`. No effect after the end."""
+        if request.final or request.stopped:
+            return
+        request.stopped = True
+        request.insert_at = NEVER
+        if request.state is State.PREFILL:
+            self._hold(request)
+
+    def finish_send(self, request: Request) -> None:
+        """The transfer has ended: the send lets go of its pages. No effect after the end."""
+        if not request.final:
+            self._end(request, State.FINISHED)
+
+    def _hold(self, request: Request) -> None:
+        """Nothing more is launched for a send."""
+        self._prefilling.pop(request.id, None)
+        request.move(State.SENDING)
+        self._sending[request.id] = request
+
+    def _tell_ready(self, request: Request) -> None:
+        """Whole pages with complete KV enter the tree, and may be sent: from there on they are the tree's pages."""
+        if request.computed > request.shared_pages * self._page_size:
+            self._insert(request)
+        if request.stopped:
+            return
+        complete = request.computed >= request.known
+        until = -(-request.computed // self._page_size) if complete else request.computed // self._page_size
+        first = request.ready_pages
+        if until > first:
+            request.ready_pages = until
+            self._outputs.append(Output(request, Ready(first, request.pages[first:until].copy()), False))
+        if complete:
+            self._outputs.append(Output(request, Computed(request.cached or 0), False))
 
     def refuse(self, request: Request, error: MicroserveError) -> None:
         """Ends a request that `submit` did not take."""
@@ -194,8 +295,15 @@ class Scheduler:
         """
         if request.final:
             return False
-        self._end(request, State.ABORTED)
+        if request.sends:
+            self.stop_send(request)
+        else:
+            self._end(request, State.ABORTED)
         return True
+
+    def tell(self, output: Output) -> None:
+        """Adds to the outputs what another part of the step thread has to tell."""
+        self._outputs.append(output)
 
     def take_outputs(self) -> list[Output]:
         """What there is to tell since the last call, in order."""
@@ -289,6 +397,9 @@ class Scheduler:
                 continue
             request.computed = part.start + part.length
             sample = next(samples) if part.sample else None
+            if request.sends:
+                self._tell_ready(request)
+                continue
             if request.computed >= request.insert_at and (sample is None or sample.error is None):
                 self._insert(request)
             if sample is not None:
@@ -366,13 +477,19 @@ class Scheduler:
                 if coming > 0:
                     coming -= 1
                     break
-                if self.running == 1:
+                if self.running == 1 and not self._awaits_others():
                     if not self._flights:
-                        # Nothing is left to take: it has the pool for itself, except for what is pinned or leased.
+                        # Nothing is left to take: it has the pool for itself, except for what is pinned.
                         self._finish(request, "length", now)
                     break
+                # A send's pages may be on the wire; it ends soon.
                 victim = max(
-                    itertools.chain(self._prefilling.values(), self._decoding.values()), key=lambda other: other.id
+                    (
+                        other
+                        for other in itertools.chain(self._prefilling.values(), self._decoding.values())
+                        if not other.sends
+                    ),
+                    key=lambda other: other.id,
                 )
                 held = victim.page_count
                 self._preempt(victim)
@@ -384,8 +501,13 @@ class Scheduler:
         """Pages that return when the steps in flight retire."""
         if not self._flights:
             return 0
-        leaving = sum(request.page_count for request in self._live.values() if request.state not in ADMITTED)
+        leaving = sum(request.page_count for request in self._live.values() if request.state not in HOLDING)
         return leaving + sum(pages for _, pages in self._returning)
+
+    def _awaits_others(self) -> bool:
+        """Whether pages are held by sends or leases, which give them back in time."""
+        pages = self.cache.allocator.count
+        return self._sends > 0 or pages(PageState.LEASED) + pages(PageState.QUARANTINED) > 0
 
     def _preempt(self, victim: Request) -> None:
         self._counts["preemptions"] += 1
@@ -406,9 +528,10 @@ class Scheduler:
             start = request.scheduled
             end = start + tokens
             last = end == request.known
+            sample = last and not request.sends
             part = request.history[start:end]
             pages = request.pages[: -(-end // self._page_size)]
-            slices.append(Slice(identity, part, start, pages, last, end - request.prompt_length if last else 0))
+            slices.append(Slice(identity, part, start, pages, sample, end - request.prompt_length if sample else 0))
             if not request.introduced:
                 request.introduced = True
                 started.append(self._start(request))
@@ -417,9 +540,11 @@ class Scheduler:
             request.progressed = self._steps
             prefilling.append(request)
             self._counts["prefilled"] += tokens
-            if last:
+            if sample:
                 request.move(State.DECODE)
                 self._decoding[identity] = self._prefilling.pop(identity)
+            elif last:
+                self._hold(request)
         return prefilling, started
 
     def _start(self, request: Request) -> SequenceStart:
@@ -438,6 +563,12 @@ class Scheduler:
             crowded = len(self._prefilling) >= _FEW_PREFILLS and backlog >= budget
             if places == 0 or crowded or request.in_flight:
                 break
+            if request.kv is not None:
+                if not self._admit_received(request):
+                    break
+                places -= 1
+                backlog += request.remaining
+                continue
             if self._defers(request):
                 continue
             if self._blocked() or (outcome := self._admit(request)) is _Admission.NO_PAGES:
@@ -488,6 +619,42 @@ class Scheduler:
         self._builders[key] = request
         return _Admission.ADMITTED
 
+    def _admit_received(self, request: Request) -> bool:
+        """Admits a request with the KV that other engines sent. False: the pages that it needs besides are not there.
+
+        The last token is computed in any case, and never into a page that the tree shares.
+        """
+        kv, known, size = request.kv, request.known, self._page_size
+        if kv is None:
+            raise InternalError(f"request {request.sub_id or request.id} has no received KV")
+        lock, pages, begin = kv.take()
+        request.kv = None
+        matched = lock.length
+        if lock.length > known - 1:
+            whole, lock = lock, self.cache.acquire(request.history[:known], known - 1)
+            self.cache.release(whole)
+        missing = -(-known // size) - len(lock.pages) - len(pages)
+        more = self.cache.allocate(max(0, missing))
+        if more is None:
+            # Only a prompt that is longer than the one it was prepared for: it waits in line like any other.
+            self.cache.free(pages)
+            self.cache.release(lock)
+            request.recomputed += request.received
+            request.received = 0
+            return False
+        self._waiting.discard(request)
+        request.move(State.PREFILL)
+        owned = np.concatenate((pages, more)) if len(more) else pages
+        request.hold(lock, owned, size, -(-(request.end - 1) // size))
+        request.scheduled = request.computed = max(lock.length, min(begin, known - 1))
+        request.insert_at = known
+        request.progressed = self._steps
+        request.cached = min(matched, request.prompt_length)
+        self._counts["hit"] += matched
+        self._counts["lookup"] += known
+        self._prefilling[request.id] = request
+        return True
+
     def _defer(self, request: Request, owner: Request, cached: int) -> bool:
         """Whether `request` should wait for `owner`, which computes at least half of what `request` needs."""
         length = min(owner.known, request.known - 1)
@@ -504,7 +671,7 @@ class Scheduler:
         if request.waits_for is None:
             return False
         owner, until = request.waits_for
-        if owner.state in ADMITTED and owner.shared_pages * self._page_size < until and owner.insert_at != NEVER:
+        if owner.state in HOLDING and owner.shared_pages * self._page_size < until and owner.insert_at != NEVER:
             owner.insert_at = min(owner.insert_at, until)
             return True
         request.waits_for = None
@@ -518,8 +685,8 @@ class Scheduler:
         if request.lock is not None and whole > request.shared_pages:
             tokens = request.history[: whole * self._page_size]
             request.share(self.cache.insert(tokens, request.pages[:whole], request.lock))
-        prefilled = request.computed >= request.known or request.generated > 0 or request.state not in ADMITTED
-        request.insert_at = NEVER if prefilled else request.known
+        prefilled = request.computed >= request.known or request.generated > 0 or request.state not in HOLDING
+        request.insert_at = NEVER if prefilled or request.stopped else request.known
         if prefilled and request.builds is not None:
             if self._builders.get(request.builds) is request:
                 del self._builders[request.builds]
@@ -527,7 +694,7 @@ class Scheduler:
 
     def _settle(self, request: Request) -> None:
         """Lets go of the pages of a request that no longer runs, once no launched step names them."""
-        if request.in_flight:
+        if request.in_flight or request.state is State.SENDING:
             return
         if request.lock is not None:
             self._insert(request)
@@ -551,7 +718,7 @@ class Scheduler:
                 self._fail(request, DeadlineExceeded("the request's time is over", param=budget.value))
             elif budget is Budget.ADMIT and request.state is State.WAITING:
                 self._fail(request, Busy("no room in time", param=budget.value, retry_after=self.retry_after()))
-            elif budget is Budget.FIRST_TOKEN and request.generated == 0:
+            elif budget is Budget.FIRST_TOKEN and request.generated == 0 and not request.sends:
                 self._fail(request, DeadlineExceeded("no first token in time", param=budget.value))
 
     def _finish(self, request: Request, reason: str, now: float, *, stop_token: int | None = None) -> None:
@@ -560,7 +727,13 @@ class Scheduler:
         usage = Usage(
             prompt_tokens=request.prompt_length, completion_tokens=completion, cached_tokens=request.cached or 0
         )
-        body = Generated(finish_reason=reason, usage=usage, stop_token=stop_token)
+        body = Generated(
+            finish_reason=reason,
+            usage=usage,
+            stop_token=stop_token,
+            received_tokens=request.received,
+            recomputed_tokens=request.recomputed,
+        )
         self._outputs.append(Output(request, body, True))
         self._counts["finished"] += 1
         if self._last_end is not None:
@@ -569,6 +742,13 @@ class Scheduler:
         self._end(request, State.FINISHED)
 
     def _fail(self, request: Request, error: MicroserveError) -> None:
+        if request.sends:
+            if not request.stopped:
+                # Its pages may be on the wire: whoever sends them is told, and ends it.
+                self._outputs.append(Output(request, error, True))
+                self._counts["failed"] += 1
+                self.stop_send(request)
+            return
         self._outputs.append(Output(request, error, True))
         self._counts["failed"] += 1
         self._end(request, State.FAILED)
@@ -577,9 +757,15 @@ class Scheduler:
         self._waiting.discard(request)
         self._prefilling.pop(request.id, None)
         self._decoding.pop(request.id, None)
+        self._receiving.pop(request.id, None)
+        if self._sending.pop(request.id, None) is not None or (request.sends and request.state is State.PREFILL):
+            self._sends -= 1
         self._blocked_at = None
         request.move(state)
         request.waits_for = None
+        if request.kv is not None:
+            kv, request.kv = request.kv, None
+            kv.drop()
         self._settle(request)
 
     # --- what is seen from outside -----------------------------------------------------------------------------------
@@ -590,7 +776,7 @@ class Scheduler:
         queued = self._waiting.tokens() + sum(request.remaining for request in self._prefilling.values())
         return Load(
             running=self.running,
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._receiving),
             queued_tokens=queued,
             free_pages=pages.free,
             owned_pages=pages.owned,
@@ -618,7 +804,12 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` when a page has two owners or none, or a request is not where its state says."""
         self.cache.check_integrity()
-        places = {State.PREFILL: self._prefilling, State.DECODE: self._decoding}
+        places = {
+            State.PREFILL: self._prefilling,
+            State.DECODE: self._decoding,
+            State.RECEIVING: self._receiving,
+            State.SENDING: self._sending,
+        }
         owned: list[int] = []
         for request in self._live.values():
             for state, place in places.items():
@@ -634,7 +825,9 @@ class Scheduler:
             if request.state in ADMITTED and not request.computed <= request.scheduled <= request.page_capacity:
                 raise IntegrityError(f"request {request.id} computes beyond its {request.page_capacity} positions")
             owned.extend(request.pages[request.shared_pages :].tolist())
-        lost = self._prefilling.keys() | self._decoding.keys()
+        if self._sends != sum(request.sends and not request.final for request in self._live.values()):
+            raise IntegrityError(f"{self._sends} sends are counted, and others are live")
+        lost = self._prefilling.keys() | self._decoding.keys() | self._receiving.keys() | self._sending.keys()
         if lost := lost - self._live.keys():
             raise IntegrityError(f"requests {sorted(lost)} run and are not live")
         if len(set(owned)) != len(owned):

@@ -36,8 +36,8 @@ class WaitingLine:
         return len(self._new)
 
     def add(self, request: Request) -> None:
-        """At its place: the end, or among the preempted."""
-        if request.state is State.PREEMPTED:
+        """At its place: the end, or among the preempted; who has received KV holds pages and goes there, too."""
+        if request.state is State.PREEMPTED or request.kv is not None:
             bisect.insort(self._preempted, request, key=lambda other: other.id)
         else:
             self._new[request.id] = request

@@ -139,17 +139,23 @@ class KvCache:
         """Pages that `allocate` could give now: the free ones and the evictable ones. O(1)."""
         return self.allocator.count(PageState.FREE) + self._evictable
 
-    def allocate(self, count: int) -> PageArray | None:
-        """`count` pages, OWNED by the caller, evicting the least recently used where needed; adjacent where possible.
+    def allocate(self, count: int, state: PageState = PageState.OWNED) -> PageArray | None:
+        """`count` pages in `state`, evicting the least recently used where needed; adjacent where possible.
 
-        None, and nothing changed, when not that many are available.
+        OWNED by the caller, or LEASED. None, and nothing changed, when not that many are available.
         """
         missing = count - self.allocator.count(PageState.FREE)
         if missing > self._evictable:
             return None
         if missing > 0:
             self._evict(missing)
-        return self.allocator.take(count, PageState.OWNED)
+        return self.allocator.take(count, state)
+
+    def convert(self, pages: PageArray, origin: PageState, target: PageState) -> None:
+        """Takes LEASED or QUARANTINED pages to another state at once: no step names them."""
+        if origin not in (PageState.LEASED, PageState.QUARANTINED):
+            raise IntegrityError(f"pages that are {origin.name} change by free() and insert()")
+        self.allocator.move(pages, origin, target)
 
     def free(self, pages: PageArray) -> None:
         """Gives OWNED pages back; with steps in flight, once the last of them has retired."""
@@ -256,8 +262,14 @@ class KvCache:
                 return size // TOKEN_BYTES
         return 0
 
+    def next_pin_end(self) -> float | None:
+        """When the first pin's time is over; None without pins."""
+        return min((pin.expires for pin in self._pins.values()), default=None)
+
     def sweep(self) -> int:
         """Ends pins whose time is over. Returns how many."""
+        if not self._pins:
+            return 0
         now = self._clock()
         expired = [key for key, pin in self._pins.items() if pin.expires <= now]
         for key in expired:

@@ -331,7 +331,8 @@ class EngineEvent(Message, tag="event", frozen=True):
     epoch: int
     seq: int
     kind: str
-    """"started", "state" (load.state changed), "load" (periodic), "stopping"."""
+    """"started", "state" (load.state changed), "load" (periodic), "stopping"; and, with `detail`: "peer" (a way to another
+    engine was opened, refused or lost), "lease_expired", "quarantined", "push_failed"."""
     load: Load
     detail: str = ""
 
@@ -469,7 +470,11 @@ class PeerWelcome(Message, tag="peer_welcome", frozen=True):
 
 
 class Claim(Message, tag="claim", frozen=True):
-    """A sender asks for the right to write `[begin, end)` of a lease; one writer a range, ever. Reply: `Claimed`."""
+    """A sender asks for the right to write `[begin, end)` of a lease; one writer a range, ever. Reply: `Claimed`.
+
+    `sub_id` names the send that it is for: asked again for the same one, the answer is the same claim. `digest`
+    (BLAKE2b of 16 bytes over the token bytes before `end`) lets the receiver refuse KV of another prompt.
+    """
 
     lease: LeaseId
     epoch: int
@@ -478,12 +483,16 @@ class Claim(Message, tag="claim", frozen=True):
     end: int
     engine_id: Name
     sender_epoch: int
+    sub_id: Name = ""
+    digest: bytes = b""
 
 
 class Claimed(Message, tag="claimed", frozen=True):
     claim: NonNegative
     term: Seconds
     """The sender counts from when it asked, and posts nothing after it."""
+    pages: PageBytes = b""
+    """The receiver's pages for the range, in order of position."""
 
 
 class ClaimEnded(Message, tag="claim_ended", frozen=True):

@@ -99,6 +99,8 @@ class RpcServer:
         self._handler = handler
         self._clock = clock
         self._calls: dict[Session, dict[int, IncomingCall]] = {}
+        self.session_lost: Callable[[Session], None] = lambda session: None
+        """Called when a session has ended, after its open calls were cancelled."""
 
     @property
     def open_calls(self) -> int:
@@ -125,6 +127,7 @@ class RpcServer:
         for call in self._calls.pop(session, {}).values():
             call.done = True
             self._cancel(call, error)
+        self.session_lost(session)
 
     def _start(self, session: Session, message: Call) -> None:
         calls = self._calls[session]

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 from microserve.runtime.keys import read_identity
 from microserve.runtime.zmq_bus import new_key_pair
 from microserve.tools import keys
