@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _KEPT = 1024
 """Ended calls whose answers are remembered."""
 
+_REFUSALS = (Unavailable, InvalidRequest)
+"""Errors that changed nothing."""
+
 
 class SubCall:
     """The work of one sub-request, and everybody who waits for its answer."""
@@ -47,11 +50,16 @@ class SubCall:
 
 
 class CallBook:
-    """Every open sub-request by its `sub_id`, and the answers of the latest that ended."""
+    """Every open sub-request by its `sub_id`, and the answers of the latest that ended.
+
+    `len` counts the open ones that may be joined.
+    """
 
     def __init__(self, kept: int = _KEPT) -> None:
         self._kept = kept
         self._open: dict[str, SubCall] = {}
+        self._streams: set[str] = set()
+        """Calls that cannot be joined, by `sub_id`."""
         self._ended: OrderedDict[str, tuple[Hashable, ReplyBody | MicroserveError | None, Session | None]] = (
             OrderedDict()
         )
@@ -75,6 +83,8 @@ class CallBook:
             known.callers.append(call)
             self._follow(known, call)
             return True
+        if sub_id in self._streams:
+            raise Conflict(f"sub-request {sub_id!r} is under way and asks for something else", param="sub_id")
         if sub_id not in self._ended:
             return False
         ended, answer, _ = self._ended[sub_id]
@@ -93,12 +103,24 @@ class CallBook:
         self._follow(sub, call)
         return sub
 
-    def is_open(self, sub_id: str) -> bool:
-        return sub_id in self._open
+    def begin_stream(self, sub_id: str) -> None:
+        """A call begins that streams, so that it can neither be joined nor repeated.
 
-    def remember(self, sub_id: str, key: Hashable) -> None:
-        """A call that cannot be repeated has ended: a retry is a conflict."""
-        self._keep(sub_id, (key, None, None))
+        Raises `Conflict` for a `sub_id` that is known, and `InvalidRequest` for an empty one.
+        """
+        if not sub_id:
+            raise InvalidRequest("sub_id must not be empty", param="sub_id")
+        if sub_id in self._streams or sub_id in self._open:
+            raise Conflict(f"sub-request {sub_id!r} is running already", param="sub_id")
+        if sub_id in self._ended:
+            raise Conflict(f"sub-request {sub_id!r} has ended already", param="sub_id")
+        self._streams.add(sub_id)
+
+    def end_stream(self, sub_id: str, error: MicroserveError | None = None) -> None:
+        """It has ended. After a refusal its name is free again."""
+        self._streams.discard(sub_id)
+        if not isinstance(error, _REFUSALS):
+            self._keep(sub_id, (None, None, None))
 
     def abort(self, sub_id: str, error: MicroserveError) -> bool:
         """Ends an open call with `error`. Whether there was one."""
@@ -125,7 +147,7 @@ class CallBook:
         sub.ended = True
         del self._open[sub.sub_id]
         # A refusal changed nothing, so that a retry may be taken.
-        if not isinstance(answer, Unavailable | InvalidRequest):
+        if not isinstance(answer, _REFUSALS):
             self._keep(sub.sub_id, (sub.key, answer, sub.session))
         for call in sub.callers:
             if isinstance(answer, MicroserveError):

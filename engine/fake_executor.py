@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microserve.engine.plan import Sampled, SequenceStart, Slice, StepPlan, StepResult
+from microserve.kv.transfer.base import KvMemory
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import ConfigError, InternalError
 from microserve.runtime.messages import Layout, ModelInfo, TokenLogprobs
@@ -64,7 +65,7 @@ class FakeExecutor:
         self._depth = depth
         self._clock = clock
         self._sleep = sleep
-        self._pool: Hashes = np.zeros((total_pages or config.total_pages, page_size), dtype=np.uint64)
+        self.pool: Hashes = np.zeros((total_pages or config.total_pages, page_size), dtype=np.uint64)
         self._hasher = _Hasher()
         self._sequences: dict[int, SequenceStart] = {}
         self._histories: dict[int, list[int]] | None = {} if verify else None
@@ -90,7 +91,16 @@ class FakeExecutor:
 
     @property
     def total_pages(self) -> int:
-        return len(self._pool)
+        return len(self.pool)
+
+    @property
+    def memory(self) -> KvMemory:
+        return KvMemory(
+            address=self.pool.ctypes.data,
+            page_bytes=self.pool.strides[0],
+            total_pages=len(self.pool),
+            owner=self.pool,
+        )
 
     @property
     def depth(self) -> int:
@@ -151,10 +161,10 @@ class FakeExecutor:
             self._verify(part, tokens, self._histories[part.sequence])
         before = _EMPTY
         if part.start:
-            before = int(self._pool[part.pages[(part.start - 1) // size], (part.start - 1) % size])
+            before = int(self.pool[part.pages[(part.start - 1) // size], (part.start - 1) % size])
         hashes = self._hasher.extend(before, tokens)
         positions = np.arange(part.start, end)
-        self._pool[part.pages[positions // size], positions % size] = hashes
+        self.pool[part.pages[positions // size], positions % size] = hashes
         if not part.sample:
             return None
         token = _next_token(int(hashes[-1]), part.output_index, start, self._model, self._config.eos_after)
@@ -170,7 +180,7 @@ class FakeExecutor:
         if len(set(part.pages.tolist())) != len(part.pages):
             raise InternalError(f"sequence {part.sequence} names a page twice")
         positions = np.arange(part.start)
-        held = self._pool[part.pages[positions // self._page_size], positions % self._page_size]
+        held = self.pool[part.pages[positions // self._page_size], positions % self._page_size]
         wrong = np.flatnonzero(held != self._hasher.extend(_EMPTY, history[: part.start]))
         if len(wrong):
             raise InternalError(f"sequence {part.sequence}: position {wrong[0]} holds KV of another history")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from microserve.engine.plan import Slice
+    from microserve.kv.transfer.base import KvMemory
     from microserve.runtime.settings import EngineConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +73,10 @@ class TorchExecutor:
     @property
     def total_pages(self) -> int:
         return self._pool.total_pages
+
+    @property
+    def memory(self) -> KvMemory:
+        return self._pool.memory
 
     def launch(self, plan: StepPlan) -> None:
         """Takes the step; it is computed when it is collected."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from microserve.kv.transfer.base import KvMemory
+
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
@@ -49,6 +51,17 @@ class PagePool:
     def layer_views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each a strided view [page, kv_head, page_size, head_dim]."""
         return self.tensor[:, :, layer, 0], self.tensor[:, :, layer, 1]
+
+    @property
+    def memory(self) -> KvMemory:
+        """The pool as plain memory, for transfers."""
+        return KvMemory(
+            address=self.tensor.data_ptr(),
+            page_bytes=self.shape.page_bytes,
+            total_pages=self.total_pages,
+            device=str(self.tensor.device),
+            owner=self.tensor,
+        )
 
     @property
     def nbytes(self) -> int:
