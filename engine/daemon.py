@@ -6,26 +6,23 @@ import asyncio
 import contextlib
 import gc
 import sys
-import time
-from dataclasses import asdict
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from microserve.engine.core import EngineCore, make_limits
 from microserve.engine.fake_executor import FakeExecutor, fake_model
-from microserve.engine.loop import StepLoop
-from microserve.engine.scheduler import Limits, Scheduler
-from microserve.engine.verbs import EngineVerbs
-from microserve.kv.cache import KvCache
-from microserve.kv.pages import IntegrityError
+from microserve.engine.link import peer_name
+from microserve.kv.transfer.factory import open_transport
 from microserve.runtime.clock import monotonic
 from microserve.runtime.config import EngineConfig, config_from_args, default_process_id
-from microserve.runtime.errors import ConfigError, Draining, InternalError
+from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.log import get_logger, setup_logging
 from microserve.runtime.membership import Announcer
-from microserve.runtime.messages import EngineEvent, EngineInfo, StatsReply
+from microserve.runtime.messages import EngineEvent, EngineInfo
 from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
 
@@ -33,11 +30,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from microserve.engine.executor import Executor
+    from microserve.engine.scheduler import Scheduler
+    from microserve.kv.transfer.base import Transport
     from microserve.runtime.bus import Bus, Publisher
     from microserve.runtime.service import Lifecycle
 
 _EVENT_INTERVAL = 1.0
 """Seconds between published loads."""
+
+_DRAIN_LOOK = 0.05
+"""Seconds between looks at whether a draining engine is done."""
 
 _log = get_logger(__name__)
 
@@ -68,11 +70,13 @@ async def serve(
     """
     began = monotonic()
     epoch = new_epoch()
-    _limits(config, config.max_context or 2)  # Before seconds are spent on a checkpoint.
-    # Loading must not keep signals and the event loop waiting.
-    executor = await asyncio.to_thread(open_executor, config)
+    make_limits(config, config.max_context or 2)  # Before seconds are spent on a checkpoint.
+    opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle)
+    if opened is None:
+        return
+    executor, transport = opened
     bus = ZmqBus(Peer("engine", engine_id, epoch))
-    engine = Engine(config, engine_id, epoch, executor, bus)
+    engine = Engine(config, engine_id, epoch, executor, transport, bus)
     try:
         await engine.start()
         ready()
@@ -85,12 +89,65 @@ async def serve(
             pages=executor.total_pages,
             page_size=info.layout.page_size,
             max_context=engine.scheduler.max_context,
+            transport=transport.name if transport is not None else "none",
             seconds=round(monotonic() - began, 2),
         )
         await engine.run(lifecycle)
     finally:
         await engine.stop()
         await bus.close()
+
+
+async def _open_unless_draining(
+    config: EngineConfig, name: str, lifecycle: Lifecycle
+) -> tuple[Executor, Transport | None] | None:
+    """What takes long, in a thread, so that signals and the event loop need not wait. None: told to end meanwhile."""
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[tuple[Executor, Transport | None]] = loop.create_future()
+
+    def settle(result: tuple[Executor, Transport | None] | BaseException) -> None:
+        if opened.done():
+            return
+        if isinstance(result, BaseException):
+            opened.set_exception(result)
+        else:
+            opened.set_result(result)
+
+    def work() -> None:
+        result: tuple[Executor, Transport | None] | BaseException
+        try:
+            executor = open_executor(config)
+            result = executor, open_engine_transport(config, executor, name)
+        except BaseException as error:  # raised again by whoever waits
+            result = error
+        # The loop is gone when the process was told to end while a checkpoint was read.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result)
+
+    # A daemon thread, and not the loop's pool: a process that is told to end does not wait for a checkpoint.
+    threading.Thread(target=work, name="engine-open", daemon=True).start()
+    draining = asyncio.create_task(lifecycle.draining.wait(), name="engine drain")
+    try:
+        await asyncio.wait((opened, draining), return_when=asyncio.FIRST_COMPLETED)
+        return opened.result() if opened.done() else None
+    finally:
+        opened.cancel()
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+
+
+def open_engine_transport(config: EngineConfig, executor: Executor, name: str) -> Transport | None:
+    """What carries KV to other engines, or None: an engine without it serves alone.
+
+    Raises `ConfigError` when one was asked for by name, or a kind of link is required.
+    """
+    try:
+        return open_transport(config.transport, executor.memory, name=name, devices=config.ucx_devices)
+    except (MicroserveError, OSError, RuntimeError, ImportError) as error:
+        if config.transport != "auto" or config.require_link is not None:
+            raise ConfigError(f"transport: {config.transport} cannot be opened: {error}") from error
+        _log.error("no transport for KV: this engine serves alone", why=error)
+        return None
 
 
 def open_executor(config: EngineConfig) -> Executor:
@@ -109,63 +166,57 @@ def open_executor(config: EngineConfig) -> Executor:
 
 
 class Engine:
-    """One engine on a bus: verbs, step thread, announcements and events. Lives on one event loop, for one run."""
+    """One engine on a bus: its parts, threads, announcements and events. Lives on one event loop, for one run."""
 
-    def __init__(self, config: EngineConfig, engine_id: str, epoch: int, executor: Executor, bus: Bus) -> None:
-        model = executor.model
-        limits = _limits(config, model.max_context)
+    def __init__(
+        self,
+        config: EngineConfig,
+        engine_id: str,
+        epoch: int,
+        executor: Executor,
+        transport: Transport | None,
+        bus: Bus,
+    ) -> None:
+        loop = asyncio.get_running_loop()
         self._config = config
         self._bus = bus
-        self._executor = executor
-        self._cache = KvCache(executor.total_pages, executor.layout.page_size, clock=monotonic)
-        self.scheduler = Scheduler(self._cache, limits, eos_token_ids=model.eos_token_ids)
-        self._info = EngineInfo(
-            engine_id=engine_id,
-            epoch=epoch,
-            endpoint="",
-            events_endpoint="",
-            model=model,
-            layout=executor.layout,
-            executor=_kind(executor),
-            max_running=config.max_running,
-            labels=config.labels,
-            started_at=time.time(),
-        )
-        self.verbs = EngineVerbs(
-            model,
-            info=self.info,
-            check_prompt=self.scheduler.check_prompt,
-            statistics=self._statistics,
-            max_live=config.max_running + config.max_waiting,
-        )
-        self.verbs.changed = self._changed
-        loop = asyncio.get_running_loop()
         self._crash: asyncio.Future[None] = loop.create_future()
-        self._steps = StepLoop(
-            self.scheduler,
+        self.core = EngineCore(
+            config,
+            engine_id,
+            epoch,
             executor,
+            transport,
+            bus,
             post=loop.call_soon_threadsafe,
-            deliver=self.verbs.deliver,
             crashed=self._crashed,
+            event=self._publish,
         )
-        self.verbs.steps = self._steps
+        self.verbs = self.core.verbs
+        self.verbs.changed = self._changed
         self._announcer: Announcer | None = None
         self._publisher: Publisher | None = None
         self._events = 0
         self._state = ""
         self._idle = asyncio.Event()
 
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.core.scheduler
+
     def info(self) -> EngineInfo:
-        return self._info
+        return self.core.info
 
     async def start(self) -> None:
         """Binds, announces, and begins to serve. Raises `ConfigError` when an address cannot be had."""
-        config = self._config
-        self._steps.start()
+        config, core = self._config, self.core
+        core.steps.start()
+        if core.transfers is not None:
+            core.transfers.start()
         listener = await self._bus.listen(config.bind, self.verbs.server)
         self._publisher = await self._bus.publisher(config.events_bind)
-        self._info = replace(
-            self._info,
+        core.info = replace(
+            core.info,
             endpoint=config.advertise or listener.endpoint,
             events_endpoint=config.events_advertise or self._publisher.endpoint,
         )
@@ -193,16 +244,22 @@ class Engine:
             await asyncio.gather(beating, draining, return_exceptions=True)
 
     async def stop(self) -> None:
-        """Leaves the routers, ends the step thread, closes the executor. Idempotent."""
+        """Ends what is open, leaves peers and routers, ends the threads, closes the executor. Idempotent."""
+        core = self.core
         self.verbs.end_all(Draining("this engine stops"))
         try:
             if self._announcer is not None:
                 self._publish("stopping")
                 announcer, self._announcer = self._announcer, None
                 await announcer.leave()
+            # Pushes end before their claims, claims before the sessions that tell of them, all before the pool goes.
+            await core.sends.close()
+            await core.peers.close()
         finally:
-            # Whatever becomes of the goodbye, the thread must not outlive us.
-            await asyncio.to_thread(self._steps.stop)
+            # Whatever becomes of the goodbye, the threads must not outlive us.
+            if core.transfers is not None:
+                await asyncio.to_thread(core.transfers.stop)
+            await asyncio.to_thread(core.steps.stop)
             if self._publisher is not None:
                 self._publisher.close()
                 self._publisher = None
@@ -215,12 +272,15 @@ class Engine:
         began = monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_timeout):
-                while self.verbs.live and not self._crash.done():
+                while self.core.busy and not self._crash.done():
                     self._idle.clear()
-                    await self._idle.wait()
+                    # Leases end in the step thread, which tells nobody.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_DRAIN_LOOK):
+                            await self._idle.wait()
         _log.info(
             "drained",
-            finished=live - self.verbs.live,
+            finished=max(0, live - self.verbs.live),
             cut_off=self.verbs.live,
             seconds=round(monotonic() - began, 2),
         )
@@ -239,17 +299,19 @@ class Engine:
             if self._announcer is not None:
                 self._announcer.changed()
 
-    def _publish(self, kind: str) -> None:
+    def _publish(self, kind: str, detail: str = "") -> None:
         if self._publisher is None:
             return
         self._events += 1
+        info = self.core.info
         self._publisher.publish(
             EngineEvent(
-                engine_id=self._info.engine_id,
-                epoch=self._info.epoch,
+                engine_id=info.engine_id,
+                epoch=info.epoch,
                 seq=self._events,
                 kind=kind,
                 load=self.verbs.load(),
+                detail=detail,
             )
         )
 
@@ -260,26 +322,6 @@ class Engine:
         self._idle.set()
         if not self._crash.done():
             self._crash.set_exception(failure)
-
-    def _statistics(self) -> StatsReply:
-        """Runs in the step thread, at a step boundary."""
-        values = self.scheduler.statistics()
-        values |= {f"cache_{name}": float(value) for name, value in asdict(self._cache.statistics()).items()}
-        try:
-            self.scheduler.check_integrity()
-        except IntegrityError as error:
-            _log.error("integrity is broken", error=error)
-            return StatsReply(values=values, integrity=str(error))
-        return StatsReply(values=values)
-
-
-def _limits(config: EngineConfig, model_context: int) -> Limits:
-    context = min(config.max_context or model_context, model_context)
-    return Limits(config.max_running, config.max_waiting, config.step_tokens, context)
-
-
-def _kind(executor: Executor) -> str:
-    return "fake" if isinstance(executor, FakeExecutor) else "torch"
 
 
 def _freeze() -> None:

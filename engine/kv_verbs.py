@@ -59,6 +59,10 @@ KvVerb = Release | Forgo | Claim | ClaimEnded | CacheMatch | CachePin | CacheUnp
 """What is answered within a turn of the step thread."""
 
 
+_LATE = 0.5
+"""Seconds for which notifications are looked for after their claim has ended."""
+
+
 class KvSteps(Protocol):
     """What these verbs need of the step thread (`StepLoop`)."""
 
@@ -215,6 +219,7 @@ class KvVerbs:
                 self._ask(call, lambda: self.grant(body))
             case ClaimEnded():
                 sender = (call.session.peer.name, call.session.peer.epoch)
+                self._expect_a_while()
                 self._ask(call, lambda: self._claim_ended(call.session.peer.kind, sender, body))
             case Release():
                 self._ask(call, lambda: Released(outcome=self._release(body.lease)))
@@ -234,6 +239,11 @@ class KvVerbs:
                 self._ask(call, lambda: CacheEvicted(pages=cache.evict(whole)))
             case CachePrefixes():
                 self._ask(call, lambda: self._prefixes(body.count))
+
+    def _expect_a_while(self) -> None:
+        # A claim's last notification may come by its own way, a little after the word that the claim has ended.
+        self._expect(1)
+        asyncio.get_running_loop().call_later(_LATE, self._expect, -1)
 
     def _prompt(self, data: bytes) -> TokenArray:
         return check_prompt(data, self._info().model)

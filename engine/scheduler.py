@@ -633,6 +633,7 @@ class Scheduler:
         if lock.length > known - 1:
             whole, lock = lock, self.cache.acquire(request.history[:known], known - 1)
             self.cache.release(whole)
+            begin = lock.length  # the page behind it is a fresh one
         missing = -(-known // size) - len(lock.pages) - len(pages)
         more = self.cache.allocate(max(0, missing))
         if more is None:

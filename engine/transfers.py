@@ -1,7 +1,8 @@
 """The transfer thread: the only one that touches the transport. Orders in, arrivals and results out.
 
-It polls at most every 50 µs while pushes are under way, more and more seldom while notifications are awaited, and
-parks otherwise until somebody wakes it.
+It looks at the transport again after 50 µs when something happened, and more and more seldom while nothing does: up to
+100 µs apart while pushes or connections are under way (they go on only when somebody looks), 0.5 ms while arrivals are
+expected, 20 ms otherwise (peers that connect have to be answered). An order wakes it at once.
 """
 
 from __future__ import annotations
@@ -21,22 +22,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.kv.pages import PageArray
-    from microserve.kv.transfer.base import Post, Transport
+    from microserve.kv.transfer.base import Connecting, Post, Transport
     from microserve.runtime.clock import Clock
 
 _ARRIVAL: Final = struct.Struct("<4sQQQII")
 _MAGIC: Final = b"mkv1"
 
-_BUSY_WAIT = 50e-6
-"""Seconds between polls while pushes are under way."""
-_LONGEST_WAIT = 2e-3
-"""Seconds between polls while notifications are awaited and none has come for long."""
-_GROWTH = 1.25
-"""How the wait between polls grows while nothing happens."""
-_IDLE_WAIT = 0.25
-"""Seconds between polls while nothing is expected: peers that connect need an answer now and then."""
+_SHORTEST_WAIT: Final = 50e-6
+_GROWTH: Final = 1.25
+"""How the wait between looks grows while nothing happens."""
+_LONGEST_BUSY, _LONGEST_EXPECTING, _LONGEST_IDLE = 100e-6, 500e-6, 20e-3
+"""Seconds between looks at most: with something of ours under way, with arrivals expected, without either."""
+_MOVED: Final = 50e-6
+"""Seconds. A look at arrivals that took longer has moved data, whether or not something arrived in full."""
 _LAST_PUSHES = 1.0
 """Seconds that active pushes get to end when the thread is told to stop."""
+
+_STOPS: Final = "the engine stops"
+_COUNTED: Final = (
+    "pushes",
+    "pushed_bytes",
+    "push_failures",
+    "arrivals",
+    "malformed_arrivals",
+    "connections",
+    "failed_connections",
+)
 
 _log = get_logger(__name__)
 
@@ -93,6 +104,11 @@ class _Active(Struct, eq=False):
     began: float
 
 
+class _Dialled(Struct, eq=False):
+    connecting: Connecting
+    done: Callable[[LinkReport], None]
+
+
 class TransferThread:
     """Drives a transport. What does not say otherwise is for other threads."""
 
@@ -114,12 +130,16 @@ class TransferThread:
         self._clock = clock
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Event()
-        self._stopping = False
-        self._expected = 0
         self._lock = threading.Lock()
+        self._expected = 0
+        self._over = ""
+        """Why nothing is begun any more."""
+        self._closed = False
+        """The transport is not to be used any more."""
         self._active: list[_Active] = []
-        self._wait = _BUSY_WAIT
-        self._counts = dict.fromkeys(("pushes", "pushed_bytes", "push_failures", "arrivals", "malformed_arrivals"), 0)
+        self._dialled: list[_Dialled] = []
+        self._wait = _SHORTEST_WAIT
+        self._counts = dict.fromkeys(_COUNTED, 0)
         self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-transfer", daemon=True)
 
@@ -130,26 +150,31 @@ class TransferThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread: active pushes get a second, what was not begun fails. Closes the transport. Idempotent."""
-        self._stopping = True
+        """Ends the thread: what is under way gets a second, what was not begun fails. Closes the transport. Idempotent.
+
+        Waits for the thread. What it has to say until then is posted.
+        """
+        self._over = self._over or _STOPS
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        elif not self._closed:
+            self._give_up()  # it was turned by hand
 
     def connect(self, peer: str, metadata: bytes, done: Callable[[LinkReport], None]) -> None:
         """Makes, warms and measures the way to `peer`; `done` is posted to the event loop."""
-        self._command(lambda: self._post(done, self._transport.connect(peer, metadata)))
+        self._command(lambda: self._connect(peer, metadata, done))
 
     def disconnect(self, peer: str) -> None:
-        """Forgets `peer`. Idempotent."""
-        self._command(lambda: self._transport.disconnect(peer))
+        """Forgets `peer`; pushes to it that are under way fail. Idempotent."""
+        self._command(lambda: self._disconnect(peer))
 
     def push(self, order: Push) -> None:
         """Begins a push as soon as the thread comes to it."""
         self._command(lambda: self._begin(order))
 
     def expect(self, change: int) -> None:
-        """So many notifications more (or fewer) are awaited: while there are any, the thread looks for them."""
+        """So many notifications more (or fewer) are awaited: while there are any, the thread looks for them often."""
         with self._lock:
             self._expected += change
         if change > 0:
@@ -162,19 +187,28 @@ class TransferThread:
     def statistics(self) -> dict[str, float]:
         """Counters by name."""
         values = {f"transfer_{name}": float(count) for name, count in self._counts.items()}
-        return values | {"transfer_push_seconds": self._seconds, "transfer_active": float(len(self._active))}
+        gauges = {"active": len(self._active), "expected": self._expected}
+        return (
+            values
+            | {f"transfer_{name}": float(count) for name, count in gauges.items()}
+            | {"transfer_push_seconds": self._seconds}
+        )
 
     def _command(self, command: Callable[[], object]) -> None:
         self._inbox.append(command)
         self._wake.set()
+        if self._closed:
+            # The thread looks no more, or looks for the last time: a command is taken by one of us.
+            self._answer_rest()
 
     # --- in the transfer thread --------------------------------------------------------------------------------------
 
     def turn(self) -> bool:
-        """One round: orders, polls, arrivals. Whether anything happened."""
+        """One round: at most one order, polls, arrivals. Whether anything happened."""
         self._wake.clear()
         happened = False
-        while self._inbox:
+        if self._inbox:
+            # One at a time: posting may copy all of it on the spot, and arrivals should not wait for a row of those.
             self._inbox.popleft()()
             happened = True
         for active in tuple(self._active):
@@ -182,24 +216,39 @@ class TransferThread:
             if status.state is not PostState.ACTIVE:
                 happened = True
                 self._end(active, status.error if status.state is PostState.FAILED else "")
+        for dialled in tuple(self._dialled):
+            if (report := dialled.connecting.poll()) is not None:
+                happened = True
+                self._dialled.remove(dialled)
+                self._counts["failed_connections" if report.error else "connections"] += 1
+                self._post(dialled.done, report)
+        looked_at = self._clock()
         if found := self._transport.arrivals():
-            happened = True
             self._tell_arrivals(found)
-        return happened
+        return happened or bool(found) or self._clock() - looked_at > _MOVED
+
+    def _connect(self, peer: str, metadata: bytes, done: Callable[[LinkReport], None]) -> None:
+        if self._over:
+            self._post(done, LinkReport("", error=self._over))
+        else:
+            self._dialled.append(_Dialled(self._transport.connect(peer, metadata), done))
+
+    def _disconnect(self, peer: str) -> None:
+        if not self._over:
+            self._transport.disconnect(peer)
 
     def _begin(self, order: Push) -> None:
-        if self._stopping:
-            self._post(order.done, Pushed("the engine stops", 0, 0.0))
-            return
         now = self._clock()
-        if now > order.not_after:
+        if self._over:
+            self._fail(order, self._over)
+        elif now > order.not_after:
             self._fail(order, "the claim's term was over before the push began")
-            return
-        post = self._transport.post(order.peer, order.source, order.target, order.notification)
-        if isinstance(post, str):
-            self._fail(order, post)
-            return
-        self._active.append(_Active(order, post, now))
+        else:
+            post = self._transport.post(order.peer, order.source, order.target, order.notification)
+            if isinstance(post, str):
+                self._fail(order, post)
+            else:
+                self._active.append(_Active(order, post, now))
 
     def _fail(self, order: Push, error: str) -> None:
         self._counts["push_failures"] += 1
@@ -222,48 +271,63 @@ class TransferThread:
         arrivals = []
         for peer, notification in found:
             arrival = decode_arrival(peer, notification)
-            if arrival is None:
+            if arrival is not None:
+                arrivals.append(arrival)
+            elif notification:
                 self._counts["malformed_arrivals"] += 1
                 _log.warning("a notification made no sense", every=10.0, peer=peer, size=len(notification))
-            else:
-                arrivals.append(arrival)
         self._counts["arrivals"] += len(arrivals)
         if arrivals:
             self._arrived(arrivals)
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                happened = self.turn()
-                self._pause(happened)
+            while not self._over:
+                self._pause(self.turn())
             self._finish()
-        except Exception:
-            # A bug of ours or of the transport's: pushes end nowhere from here on, and claims stay open. What runs
-            # locally goes on, so this is told loudly and does not end the process.
+        except Exception as error:
+            # A bug of ours or of the transport's. What runs locally goes on, so this is told loudly, whatever waits
+            # for us is answered, and the process does not end.
             _log.exception("the transfer thread died")
+            self._over = f"the transfer thread died: {error!r}"
         finally:
-            self._transport.close()
+            self._give_up()
 
     def _pause(self, happened: bool) -> None:
-        if happened:
-            self._wait = _BUSY_WAIT
-        if self._inbox:
-            return
-        if self._active:
-            self._wake.wait(_BUSY_WAIT)
-        elif self._expected > 0:
-            self._wake.wait(self._wait)
-            self._wait = min(_LONGEST_WAIT, self._wait * _GROWTH)
+        if self._active or self._dialled:
+            longest = _LONGEST_BUSY
         else:
-            self._wake.wait(_IDLE_WAIT)
+            longest = _LONGEST_EXPECTING if self._expected > 0 else _LONGEST_IDLE
+        self._wait = _SHORTEST_WAIT if happened else min(longest, self._wait * _GROWTH)
+        if not self._inbox:
+            self._wake.wait(self._wait)
 
     def _finish(self) -> None:
+        """What is under way may end; orders are answered."""
         until = self._clock() + _LAST_PUSHES
-        pause = threading.Event()
+        self._dial_no_more()
         while (self._active or self._inbox) and self._clock() < until:
-            self.turn()
-            pause.wait(_BUSY_WAIT)
-        for active in tuple(self._active):
-            # It may still be written: the receiver learns of our death by other means.
-            self._active.remove(active)
-            self._post(active.order.done, Pushed("the engine stopped while it was under way", 0, 0.0))
+            self._pause(self.turn())
+
+    def _give_up(self) -> None:
+        self._dial_no_more()
+        for active in self._active:
+            # It may still be written: the receiver learns of our end by other means.
+            self._fail(active.order, self._over)
+        self._active.clear()
+        self._transport.close()
+        self._closed = True
+        self._answer_rest()
+
+    def _dial_no_more(self) -> None:
+        for dialled in self._dialled:
+            self._post(dialled.done, LinkReport("", error=self._over))
+        self._dialled.clear()
+
+    def _answer_rest(self) -> None:
+        while True:
+            try:
+                command = self._inbox.popleft()
+            except IndexError:
+                return
+            command()

@@ -1,4 +1,4 @@
-"""Two engines' step threads without threads, sockets or transport: what one has ready is copied into the other's pool."""
+"""Engines' step threads without threads, sockets or transport: what one has ready is copied into another's pool."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tests.engine_rig import Rig, Seen, make_request
 
 from microserve.engine.outputs import CommitTicket, Computed, Opened, Prepare, Ready
 from microserve.engine.receiving import Receiving
 from microserve.kv.leases import LeaseTable
 from microserve.runtime.errors import MicroserveError
 from microserve.runtime.messages import Committed, Tokens
-from tests.engine_rig import Rig, Seen, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,9 @@ class KvRig(Rig):
         self.read()
         return request
 
-    def generate(self, prompt: Sequence[int], lease: Lease, begin: int, *, count: int = 5, wait: float = 10.0) -> Request:
+    def generate(
+        self, prompt: Sequence[int], lease: Lease, begin: int, *, count: int = 5, wait: float = 10.0
+    ) -> Request:
         return self.start(make_request(prompt, max_tokens=count, ignore_eos=True), lease, begin, kv_wait=wait)
 
     def commit(self, lease: Lease, *, wait: float = 10.0) -> CommitTicket:

@@ -202,7 +202,7 @@ def test_a_dead_step_thread_ends_the_engine_with_an_error() -> None:
         router = Router()
         settings = config(await router.open())
         bus = ZmqBus(Peer("engine", "e1", 1))
-        engine = Engine(settings, "e1", 1, open_executor(settings), bus)
+        engine = Engine(settings, "e1", 1, open_executor(settings), None, bus)
         try:
             await engine.start()
             running = asyncio.create_task(engine.run(Lifecycle()))

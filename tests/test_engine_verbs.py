@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tests.engine_rig import Rig, make_request
 
-from microserve.engine.loop import StepLoop
-from microserve.engine.scheduler import Output
-from microserve.engine.verbs import EngineVerbs
+from microserve.engine.core import EngineCore
+from microserve.engine.outputs import Output
 from microserve.runtime.codec import decode, encode, unpack_tokens
+from microserve.runtime.config import EngineConfig
 from microserve.runtime.errors import (
     Busy,
     Cancelled,
@@ -61,45 +61,41 @@ class Bench:
     def __init__(self, **options: Any) -> None:
         self.rig = Rig(**options)
         self.network = MemoryNetwork(self.rig.clock)
+        self.bus = self.network.bus(ENGINE)
         self.changes = 0
         limits = self.rig.scheduler.limits
-        self.verbs = EngineVerbs(
-            self.rig.model,
-            info=self.info,
-            check_prompt=self.rig.scheduler.check_prompt,
-            statistics=lambda: StatsReply(values=self.rig.scheduler.statistics()),
-            max_live=limits.max_running + limits.max_waiting,
+        config = EngineConfig(
+            model="m",
+            executor="fake",
+            max_running=limits.max_running,
+            max_waiting=limits.max_waiting,
+            step_tokens=limits.step_tokens,
+        )
+        self.core = EngineCore(
+            config,
+            "e",
+            1,
+            self.rig.executor,
+            None,
+            self.bus,
+            post=lambda function, *arguments: function(*arguments),
+            crashed=lambda error: None,
             clock=self.rig.clock,
             draw_seed=lambda: 4711,
         )
+        # The rig looks at the parts that serve.
+        self.rig.scheduler, self.rig.cache = self.core.scheduler, self.core.cache
+        self.verbs = self.core.verbs
         self.verbs.changed = self.changed
-        self.loop = StepLoop(
-            self.rig.scheduler,
-            self.rig.executor,
-            post=lambda function, *arguments: function(*arguments),
-            deliver=self.verbs.deliver,
-            crashed=lambda error: None,
-            clock=self.rig.clock,
-        )
-        self.verbs.steps = self.loop
+        self.loop = self.core.steps
 
     def info(self) -> EngineInfo:
-        return EngineInfo(
-            engine_id="e",
-            epoch=1,
-            endpoint="memory://engine",
-            events_endpoint="memory://events",
-            model=self.rig.model,
-            layout=self.rig.executor.layout,
-            executor="fake",
-            max_running=8,
-        )
+        return self.core.info
 
     def changed(self) -> None:
         self.changes += 1
 
     async def __aenter__(self) -> Self:
-        self.bus = self.network.bus(ENGINE)
         await self.bus.listen("memory://engine", self.verbs.server)
         self.client = await self.dial(ROUTER)
         return self

@@ -61,8 +61,18 @@ class Post(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Connecting(Protocol):
+    """A connection that is being made, warmed and measured."""
+
+    def poll(self) -> LinkReport | None:
+        """Drives it. What came of it, once that is known; not to be called again after that."""
+        ...
+
+
 class Transport(Protocol):
     """Pushes pages of one registered pool. Every method but `metadata` is called from the transfer thread alone.
+
+    Peers that push here, or connect, are answered within `arrivals` and `poll`: call `arrivals` now and then, always.
 
     `peer` is a name that is unique for an incarnation: "engine_id:epoch in hex".
     """
@@ -76,16 +86,19 @@ class Transport(Protocol):
         """What a peer needs to push into our pool. Opaque; the same for the transport's life."""
         ...
 
-    def connect(self, peer: str, metadata: bytes) -> LinkReport:
-        """Makes and warms the connection to `peer`, and probes what it is. Again for a known peer: measures again.
+    def connect(self, peer: str, metadata: bytes) -> Connecting:
+        """Begins to make and warm the connection to `peer`, and to probe what it is. Again for a known peer: measures
+        again.
 
-        The peer has to poll (`arrivals`) meanwhile; this call may take some hundred milliseconds. The probe writes into
-        no page of the peer's that holds anything: to the scratch area that its metadata names.
+        The peer has to call `arrivals` meanwhile. The probe writes into no page of the peer's that holds anything: into
+        the scratch area that its metadata names. Our own name needs no connection.
         """
         ...
 
     def disconnect(self, peer: str) -> None:
-        """Forgets `peer`. Idempotent. Posts under way to it fail."""
+        """Forgets `peer`. Idempotent. Posts under way to it fail, although they may still be written: so for a peer
+        that lives, wait for its posts first.
+        """
         ...
 
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> Post | str:
@@ -105,7 +118,10 @@ class Transport(Protocol):
         ...
 
     def arrivals(self) -> list[tuple[str, bytes]]:
-        """Notifications that came since the last call: (peer, notification)."""
+        """Notifications that came since the last call: (peer, notification).
+
+        An empty notification is not for us to read: it says only that `peer` is about, so look again soon.
+        """
         ...
 
     def close(self) -> None:

@@ -1,38 +1,48 @@
 """A transport within one process: pages are copied from pool to pool. For tests, and for engines that share a process.
 
-Engines meet in a `LoopbackHub`. It can be told to do what networks do: hold, fail or lose.
+Engines meet in a `LoopbackHub`. It can be told to do what networks do: hold, fail, tear, lose, and lose a peer.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import msgspec
 
 from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
-from microserve.kv.transfer.plan import runs
+from microserve.kv.transfer.plan import check_pages, runs
+from microserve.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.kv.pages import PageArray
+    from microserve.kv.transfer.base import Post
+
+Rules = set[tuple[str, str]]
+"""Ways, each (from, to); "*" stands for any name."""
+
+_ACTIVE = PostStatus(PostState.ACTIVE)
 
 
 class LoopbackHub:
     """Where the loopback transports of one process find each other, and where tests make trouble.
 
-    `held`: posts to these peers stay under way until `release`. `failing`: posts to them fail when they are polled.
-    `mute`: what is written to them is not notified. Keys are (from, to) names; "*" stands for any.
+    A post over a way that is in `held` stays under way until `let_go`; in `failing`, it fails without having written
+    anything; in `tearing`, it fails after the first half; in `mute`, it is written and never notified.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        """Held while pages are copied: a transport that was closed is not written any more."""
         self.members: dict[str, LoopbackTransport] = {}
-        self.held: set[tuple[str, str]] = set()
-        self.failing: set[tuple[str, str]] = set()
-        self.mute: set[tuple[str, str]] = set()
+        self.held: Rules = set()
+        self.failing: Rules = set()
+        self.tearing: Rules = set()
+        self.mute: Rules = set()
         self.pushed: list[tuple[str, str, int]] = []
         """(from, to, pages) of every post that was completed."""
 
@@ -44,7 +54,12 @@ class LoopbackHub:
         """What was held goes on at the next poll."""
         self.held.clear()
 
-    def applies(self, rules: set[tuple[str, str]], source: str, target: str) -> bool:
+    def kill(self, name: str) -> None:
+        """`name` is dead: what it had under way is never written, and what goes to it fails."""
+        with self.lock:
+            self.members.pop(name, None)
+
+    def applies(self, rules: Rules, source: str, target: str) -> bool:
         """Whether one of `rules` is about this way."""
         return any(a in ("*", source) and b in ("*", target) for a, b in rules)
 
@@ -52,51 +67,75 @@ class LoopbackHub:
 class LoopbackPost:
     """One push."""
 
-    __slots__ = ("notification", "peer", "source", "status", "target", "transport")
+    __slots__ = ("nbytes", "notification", "peer", "source", "status", "target")
 
-    def __init__(
-        self, transport: LoopbackTransport, peer: str, source: PageArray, target: PageArray, notification: bytes
-    ) -> None:
-        self.transport = transport
+    def __init__(self, peer: str, source: PageArray, target: PageArray, notification: bytes, nbytes: int) -> None:
         self.peer = peer
         self.source = source
         self.target = target
         self.notification = notification
-        self.status = PostStatus(PostState.ACTIVE)
+        self.nbytes = nbytes
+        self.status = _ACTIVE
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.source) * self.transport.memory.page_bytes
+
+class LoopbackConnecting:
+    """A connection that is there at once."""
+
+    def __init__(self, report: LinkReport) -> None:
+        self._report = report
+
+    def poll(self) -> LinkReport | None:
+        return self._report
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    name: str
+    page_bytes: int
 
 
 class LoopbackTransport:
-    """Implements `base.Transport`. Its own name may be a peer, too."""
-
-    name = "loopback"
+    """Implements `Transport` for pools in host memory. `wake` is called when something was written here."""
 
     def __init__(self, hub: LoopbackHub, me: str, memory: KvMemory, *, wake: Callable[[], None] = lambda: None) -> None:
-        self.memory = memory
+        if memory.device != "cpu":
+            raise ConfigError(f"the loopback transport moves host memory, not that of {memory.device}")
         self.me = me
+        self.memory = memory
         self._hub = hub
         self._wake = wake
         self._peers: set[str] = set()
         self._inbox: deque[tuple[str, bytes]] = deque()
         self._posts: set[LoopbackPost] = set()
         with hub.lock:
+            if me in hub.members:
+                raise ConfigError(f"there is a {me} in this process already")
             hub.members[me] = self
 
-    def metadata(self) -> bytes:
-        return json.dumps({"name": self.me, "page_bytes": self.memory.page_bytes}).encode()
+    @property
+    def name(self) -> str:
+        return "loopback"
 
-    def connect(self, peer: str, metadata: bytes) -> LinkReport:
+    def metadata(self) -> bytes:
+        return msgspec.msgpack.encode(_Metadata(self.me, self.memory.page_bytes))
+
+    def connect(self, peer: str, metadata: bytes) -> LoopbackConnecting:
+        error = self._connect(peer, metadata)
+        return LoopbackConnecting(LinkReport("local", error=error))
+
+    def _connect(self, peer: str, metadata: bytes) -> str:
+        try:
+            theirs = msgspec.msgpack.decode(metadata, type=_Metadata)
+        except msgspec.MsgspecError as error:
+            return f"the metadata of {peer} makes no sense: {error}"
+        if theirs.name != peer:
+            return f"the metadata is that of {theirs.name}, not of {peer}"
+        if theirs.page_bytes != self.memory.page_bytes:
+            return f"{peer} has pages of {theirs.page_bytes} bytes, we of {self.memory.page_bytes}"
         with self._hub.lock:
-            found = self._hub.members.get(peer)
-        if found is None:
-            return LinkReport("local", error=f"{peer} is not in this process")
-        if found.memory.page_bytes != self.memory.page_bytes:
-            return LinkReport("local", error=f"{peer} has pages of {found.memory.page_bytes} bytes")
+            if peer not in self._hub.members:
+                return f"{peer} is not in this process"
         self._peers.add(peer)
-        return LinkReport("local")
+        return ""
 
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
@@ -104,19 +143,25 @@ class LoopbackTransport:
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> LoopbackPost | str:
         if peer != self.me and peer not in self._peers:
             return f"{peer} is not connected"
-        if len(source) == 0 or len(source) != len(target):
-            return f"{len(source)} pages cannot go into {len(target)}"
-        made = LoopbackPost(self, peer, source, target, notification)
+        with self._hub.lock:
+            other = self._hub.members.get(peer)
+            total = other.memory.total_pages if other is not None else None
+        if total is None:
+            return f"{peer} is gone"
+        if error := check_pages(source, target, self.memory.total_pages, total):
+            return error
+        made = LoopbackPost(peer, source, target, notification, len(source) * self.memory.page_bytes)
         self._posts.add(made)
         return made
 
-    def poll(self, post: LoopbackPost) -> PostStatus:  # type: ignore[override, unused-ignore]
-        if post.status.state is PostState.ACTIVE:
-            post.status = self._advance(post)
-        return post.status
+    def poll(self, post: Post) -> PostStatus:
+        ours = cast("LoopbackPost", post)
+        if ours.status.state is PostState.ACTIVE:
+            ours.status = self._advance(ours)
+        return ours.status
 
-    def release(self, post: LoopbackPost) -> None:  # type: ignore[override, unused-ignore]
-        self._posts.discard(post)
+    def release(self, post: Post) -> None:
+        self._posts.remove(cast("LoopbackPost", post))
 
     def arrivals(self) -> list[tuple[str, bytes]]:
         found = []
@@ -125,27 +170,43 @@ class LoopbackTransport:
         return found
 
     def close(self) -> None:
+        self._peers.clear()
         with self._hub.lock:
             if self._hub.members.get(self.me) is self:
                 del self._hub.members[self.me]
 
+    def check_integrity(self) -> None:
+        """Raises `RuntimeError` when a post was never released."""
+        if self._posts:
+            raise RuntimeError(f"{len(self._posts)} posts of {self.me} were not released")
+
     def _advance(self, post: LoopbackPost) -> PostStatus:
         hub, peer = self._hub, post.peer
-        if hub.applies(hub.held, self.me, peer):
-            return post.status
-        if hub.applies(hub.failing, self.me, peer):
-            return PostStatus(PostState.FAILED, "the link was told to fail")
         if peer != self.me and peer not in self._peers:
             return PostStatus(PostState.FAILED, f"{peer} was disconnected")
         with hub.lock:
+            if hub.members.get(self.me) is not self:
+                return _ACTIVE  # we are dead: nobody is told anything
             other = hub.members.get(peer)
             if other is None:
                 return PostStatus(PostState.FAILED, f"{peer} is gone")
-            size = self.memory.page_bytes
-            for first, second, count in runs(post.source, post.target).tolist():
-                ctypes.memmove(other.memory.address + second * size, self.memory.address + first * size, count * size)
+            if hub.applies(hub.held, self.me, peer):
+                return _ACTIVE
+            if hub.applies(hub.failing, self.me, peer):
+                return PostStatus(PostState.FAILED, "the link was told to fail")
+            if hub.applies(hub.tearing, self.me, peer):
+                half = len(post.source) // 2
+                self._copy(other, post.source[:half], post.target[:half])
+                return PostStatus(PostState.FAILED, "the link was told to tear")
+            self._copy(other, post.source, post.target)
             hub.pushed.append((self.me, peer, len(post.source)))
             if not hub.applies(hub.mute, self.me, peer):
                 other._inbox.append((self.me, post.notification))
-                other._wake()
+        other._wake()
         return PostStatus(PostState.DONE)
+
+    def _copy(self, other: LoopbackTransport, source: PageArray, target: PageArray) -> None:
+        size = self.memory.page_bytes
+        here, there = self.memory.address, other.memory.address
+        for first, second, count in runs(source, target).tolist():
+            ctypes.memmove(there + second * size, here + first * size, count * size)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
 
 RunArray = npt.NDArray[np.int64]
+DescriptorArray = npt.NDArray[np.uint64]
 
 
 def runs(source: PageArray, target: PageArray) -> RunArray:
@@ -35,9 +36,21 @@ def runs(source: PageArray, target: PageArray) -> RunArray:
     return np.stack((first[starts], second[starts], counts), axis=1)
 
 
-def descriptors(found: RunArray, address: int, remote_address: int, page_bytes: int) -> tuple[RunArray, RunArray]:
-    """The runs as (address, bytes) on both sides, each int64 [m, 2]."""
-    sizes = found[:, 2] * page_bytes
-    here = np.stack((address + found[:, 0] * page_bytes, sizes), axis=1)
-    there = np.stack((remote_address + found[:, 1] * page_bytes, sizes), axis=1)
-    return here, there
+def descriptors(firsts: RunArray, counts: RunArray, address: int, page_bytes: int, device: int) -> DescriptorArray:
+    """Runs of pages of one pool as (address, bytes, device), uint64 [m, 3]. `firsts` and `counts` are [m]."""
+    made = np.empty((len(firsts), 3), dtype=np.uint64)
+    made[:, 0] = np.uint64(address) + firsts.astype(np.uint64) * np.uint64(page_bytes)
+    made[:, 1] = counts.astype(np.uint64) * np.uint64(page_bytes)
+    made[:, 2] = device
+    return made
+
+
+def check_pages(source: PageArray, target: PageArray, here: int, there: int) -> str:
+    """Why these pairs cannot be pushed from a pool of `here` pages into one of `there`; empty when they can."""
+    if len(source) == 0 or len(source) != len(target):
+        return f"{len(source)} pages cannot be pushed into {len(target)}"
+    for name, pages, total in (("our", source, here), ("the peer's", target, there)):
+        low, high = int(pages.min()), int(pages.max())
+        if low < 0 or high >= total:
+            return f"page {low if low < 0 else high} is not among {name} {total}"
+    return ""

@@ -1,0 +1,526 @@
+"""Received KV and sends in the step thread: two rigs, pages copied by hand. The fake executor checks every page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.engine_rig import PAGE, make_request
+from tests.receiving_rig import EPOCH, KvRig
+
+from microserve.engine.outputs import Opened
+from microserve.engine.request import State
+from microserve.runtime.errors import (
+    Busy,
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseNotFound,
+    StaleEpoch,
+)
+from microserve.runtime.messages import Committed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PROMPT = list(range(1, 15))  # 14 tokens: three whole pages of 4, and two tokens
+WHOLE = list(range(1, 17))  # four whole pages
+
+
+def sent(sender: KvRig, prompt: list[int]) -> np.ndarray:
+    """Computes a prompt's KV at `sender`; the pages. The send goes on holding them."""
+    request = sender.send(prompt)
+    sender.run()
+    return sender.sent_pages(request)
+
+
+@pytest.fixture(params=[1, 2], ids=["depth1", "depth2"])
+def pair(request: pytest.FixtureRequest) -> tuple[KvRig, KvRig]:
+    return KvRig(depth=request.param), KvRig(depth=request.param)
+
+
+# --- the way of the paper ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [-1, -2, 12, 8, 4])
+def test_what_was_sent_is_not_computed_again(pair: tuple[KvRig, KvRig], end: int) -> None:
+    sender, receiver = pair
+    end = end % len(PROMPT)
+    lease = receiver.lease(PROMPT, end, expect=5)
+    request = receiver.generate(PROMPT, lease, end)
+    assert request.state is State.RECEIVING
+    assert not receiver.step()
+    pages = sent(sender, PROMPT[:end])
+    claim = receiver.claim(lease, 0, end)
+    receiver.push(sender, pages, lease, claim, 0)
+    receiver.end_claim(claim)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    assert [(part.start, part.length) for part in receiver.plans[0].slices] == [(end, len(PROMPT) - end)]
+    generated = receiver.generated(request)
+    assert (generated.received_tokens, generated.recomputed_tokens, generated.usage.cached_tokens) == (end, 0, 0)
+    receiver.assert_empty()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, WHOLE, [1], [1, 2, 3, 4], [1, 2, 3, 4, 5]])
+def test_begin_may_be_the_prompts_length(pair: tuple[KvRig, KvRig], prompt: list[int]) -> None:
+    """Then the last token alone is computed, for its logits."""
+    sender, receiver = pair
+    lease = receiver.lease(prompt, expect=3)
+    claim = receiver.claim(lease, 0, len(prompt))
+    receiver.push(sender, sent(sender, prompt), lease, claim, 0)
+    request = receiver.generate(prompt, lease, len(prompt))
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    assert [part.start for part in receiver.plans[0].slices] == [len(prompt) - 1]
+    receiver.end_claim(claim)
+    receiver.assert_empty()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, WHOLE])
+def test_a_prompt_that_is_cached_needs_no_sender_and_no_shared_page_is_written(
+    pair: tuple[KvRig, KvRig], prompt: list[int]
+) -> None:
+    _, receiver = pair
+    first = receiver.submit(make_request(prompt, max_tokens=3, ignore_eos=True))
+    receiver.run()
+    lease = receiver.lease(prompt, len(prompt) - 1, expect=3)
+    assert lease.matched == len(prompt) // PAGE * PAGE
+    request = receiver.generate(
+        prompt, lease, len(prompt) - 1 if prompt is PROMPT else lease.matched, count=3, wait=0.0
+    )
+    if prompt is PROMPT:
+        receiver.turn()
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.seen[first].tokens
+    receiver.assert_empty()
+
+
+def test_a_prefix_that_the_receiver_has_is_not_awaited(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    receiver.submit(make_request(PROMPT[:9], max_tokens=1))
+    receiver.run()
+    lease = receiver.lease(PROMPT, 13)
+    assert (lease.matched, len(lease.pages)) == (8, 2)
+    request = receiver.generate(PROMPT, lease, 13)
+    claim = receiver.claim(lease, 8, 13)
+    receiver.push(sender, sent(sender, PROMPT[:13])[2:], lease, claim, 0)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    generated = receiver.generated(request)
+    assert (generated.received_tokens, generated.usage.cached_tokens) == (5, 8)
+    receiver.end_claim(claim)
+    receiver.assert_empty()
+
+
+def test_two_senders_fill_one_lease(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13)
+    pages = sent(sender, PROMPT[:13])
+    late, early = receiver.claim(lease, 8, 13, "b"), receiver.claim(lease, 0, 8, "a")
+    receiver.push(sender, pages[2:], lease, late, 2)
+    receiver.end_claim(late)
+    assert not receiver.step()
+    receiver.push(sender, pages[:2], lease, early, 0)
+    receiver.end_claim(early)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    receiver.assert_empty()
+
+
+def test_pages_may_come_before_anybody_waits_for_them(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    claim = receiver.claim(lease, 0, 13)
+    receiver.push(sender, sent(sender, PROMPT[:13]), lease, claim, 0)
+    receiver.end_claim(claim)
+    request = receiver.generate(PROMPT, lease, 13)
+    assert request.state is State.WAITING
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    receiver.assert_empty()
+
+
+def test_the_senders_word_is_not_enough(pair: tuple[KvRig, KvRig]) -> None:
+    """Done means that it is on its way at the latest; here it has arrived when our own transport says so."""
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13)
+    claim = receiver.claim(lease, 0, 13)
+    receiver.end_claim(claim)
+    assert request.state is State.RECEIVING
+    receiver.push(sender, sent(sender, PROMPT[:13]), lease, claim, 0)
+    assert request.state is State.WAITING
+    receiver.run()
+    assert receiver.generated(request).received_tokens == 13
+    receiver.assert_empty()
+
+
+# --- what does not come --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["failed", "forgo", "wait", "dead"])
+@pytest.mark.parametrize("arrived", [0, 1, 2])
+def test_what_does_not_come_is_computed_here(pair: tuple[KvRig, KvRig], how: str, arrived: int) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13, wait=2.0)
+    claim = receiver.claim(lease, 0, 13)
+    pages = sent(sender, PROMPT[:13])
+    if arrived:
+        receiver.push(sender, pages[:arrived], lease, claim, 0)
+    assert request.state is State.RECEIVING
+    match how:
+        case "failed":
+            receiver.end_claim(claim, "the link broke")
+        case "forgo":
+            assert receiver.receiving.forgo(lease.id, 0, 13, receiver.clock()) == "quarantined"
+        case "wait":
+            receiver.turn(1.9)
+            assert request.state is State.RECEIVING
+            receiver.turn(0.2)
+        case _:
+            receiver.receiving.sender_dead("a", 1, receiver.clock())
+    receiver.read()
+    quarantined = 4 - arrived if how in ("forgo", "wait") else 0
+    assert receiver.cache.statistics().quarantined == quarantined
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    generated = receiver.generated(request)
+    assert (generated.received_tokens, generated.recomputed_tokens) == (PAGE * arrived, 13 - PAGE * arrived)
+    receiver.end_claim(claim, "at last")
+    receiver.assert_empty()
+
+
+def test_pages_in_quarantine_come_back_by_proof_and_never_by_time(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    claim = receiver.claim(lease, 0, 13)
+    assert receiver.receiving.release(lease.id, receiver.clock()) == "quarantined"
+    receiver.turn(100_000.0)
+    assert receiver.cache.statistics().quarantined == 4
+    assert receiver.leases.degraded(receiver.clock())
+    receiver.receiving.sender_dead("a", 0, receiver.clock())  # an earlier incarnation proves nothing
+    assert receiver.cache.statistics().quarantined == 4
+    receiver.end_claim(claim)
+    assert receiver.cache.statistics().quarantined == 0
+    assert [kind for kind, _ in receiver.events] == ["quarantined"]
+    receiver.assert_empty()
+
+
+def test_a_late_writer_does_not_touch_recomputed_pages(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13, wait=0.0)
+    claim = receiver.claim(lease, 0, 13)
+    targets = lease.pages.copy()
+    receiver.turn(0.1)
+    receiver.step()
+    receiver.executor.pool[targets] = 999  # the push that nobody waits for lands after all
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    receiver.arrive(lease, claim, 0, 4)
+    receiver.end_claim(claim)
+    receiver.assert_empty()
+
+
+def test_a_claim_behind_begin_that_is_open_costs_fresh_pages_and_no_wrong_token(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 12)
+    request = receiver.generate(PROMPT, lease, 8)
+    pages = sent(sender, PROMPT[:12])
+    wanted, beyond = receiver.claim(lease, 0, 8), receiver.claim(lease, 8, 12)
+    receiver.push(sender, pages[:2], lease, wanted, 0)
+    target = int(lease.pages[2])
+    receiver.step()
+    receiver.executor.pool[target] = 999
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    for claim in (wanted, beyond):
+        receiver.end_claim(claim)
+    receiver.assert_empty()
+
+
+# --- commit --------------------------------------------------------------------------------------------------------
+
+
+def test_commit_waits_for_what_is_on_its_way_and_keeps_whole_pages(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT)
+    claim = receiver.claim(lease, 0, 14)
+    ticket = receiver.commit(lease)
+    assert ticket not in receiver.answers
+    receiver.push(sender, sent(sender, PROMPT), lease, claim, 0)
+    assert receiver.answers[ticket] == Committed(committed_until=12)
+    assert receiver.cache.match(PROMPT).length == 12
+    receiver.end_claim(claim)
+    receiver.assert_empty()
+    request = receiver.submit(make_request(PROMPT, max_tokens=5, ignore_eos=True))
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+
+
+def test_commit_keeps_what_came_when_the_rest_does_not(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT)
+    claim = receiver.claim(lease, 0, 14)
+    receiver.push(sender, sent(sender, PROMPT)[:2], lease, claim, 0)
+    ticket = receiver.commit(lease, wait=1.0)
+    receiver.turn(1.1)
+    assert receiver.answers[ticket] == Committed(committed_until=8)
+    assert receiver.cache.statistics().quarantined == 2
+    receiver.end_claim(claim, "failed")
+    receiver.assert_empty()
+
+
+# --- room ----------------------------------------------------------------------------------------------------------
+
+
+def test_leases_hold_at_most_their_share_and_the_next_waits_its_turn() -> None:
+    rig = KvRig(pages=16)
+    first = rig.lease(list(range(20)))
+    with pytest.raises(Busy):
+        rig.prepare(list(range(20, 40)))
+    waiting = rig.prepare(list(range(20, 40)), admit_by=rig.clock() + 5)
+    behind = rig.prepare([7], admit_by=rig.clock() + 5)
+    rig.turn(0.1)
+    assert waiting not in rig.answers
+    assert behind not in rig.answers
+    rig.receiving.release(first.id, rig.clock())
+    rig.turn(0.1)
+    assert isinstance(rig.answers[waiting], Opened)
+    assert isinstance(rig.answers[behind], Opened)
+    late = rig.prepare(list(range(20)), admit_by=rig.clock() + 5)
+    rig.turn(5.1)
+    assert isinstance(rig.answers[late], Busy)
+    for answer in (rig.answers[waiting], rig.answers[behind]):
+        assert isinstance(answer, Opened)
+        rig.receiving.release(answer.lease.id, rig.clock())
+    rig.assert_empty()
+
+
+def test_a_prompt_that_never_fits_is_refused_at_once() -> None:
+    rig = KvRig(pages=16)
+    with pytest.raises(InvalidRequest, match="never leases room"):
+        rig.prepare(list(range(40)), admit_by=rig.clock() + 5)
+    rig.assert_empty()
+
+
+def test_room_for_output_is_kept_and_used() -> None:
+    rig = KvRig(pages=16)
+    lease = rig.lease(PROMPT, 12, expect=10)
+    assert (len(lease.pages), len(lease.reserve)) == (3, 3)
+    request = rig.generate(PROMPT, lease, 12, count=10, wait=0.0)
+    rig.turn(0.1)
+    rig.run()
+    assert rig.seen[request].tokens == rig.expected(request, 10)
+    rig.assert_empty()
+
+
+def test_a_send_without_room_is_busy_at_once() -> None:
+    rig = KvRig(pages=8)
+    held = rig.send(list(range(20)))
+    with pytest.raises(Busy):
+        rig.send(list(range(20, 40)))
+    rig.run()
+    rig.finish(held)
+    rig.assert_empty()
+
+
+# --- endings -------------------------------------------------------------------------------------------------------
+
+
+def test_an_abort_while_it_waits_closes_the_lease(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13)
+    assert receiver.abort(request)
+    assert request.state is State.ABORTED
+    receiver.assert_empty()
+
+
+def test_deadlines_hold_while_it_waits(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = make_request(PROMPT, max_tokens=5, deadline=receiver.clock() + 1)
+    receiver.start(request, lease, 13)
+    receiver.clock.advance(1.5)
+    receiver.run()
+    assert isinstance(receiver.error(request), DeadlineExceeded)
+    receiver.assert_empty()
+
+
+def test_a_release_ends_whoever_waits(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13)
+    assert receiver.receiving.release(lease.id, receiver.clock()) == "freed"
+    receiver.read()
+    assert isinstance(receiver.error(request), Cancelled)
+    assert receiver.receiving.release(lease.id, receiver.clock()) == "unknown"
+    receiver.assert_empty()
+
+
+def test_a_lost_router_takes_its_leases_with_it_but_not_those_in_use(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    idle, used = receiver.lease(PROMPT, 13), receiver.lease(WHOLE, 15)
+    request = receiver.generate(WHOLE, used, 15, wait=1.0)
+    assert receiver.receiving.owner_lost("router", receiver.clock()) == 1
+    with pytest.raises(LeaseNotFound):
+        receiver.leases.get(idle.id)
+    receiver.turn(1.1)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    receiver.assert_empty()
+
+
+def test_a_lease_expires_when_nobody_uses_it(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    receiver.turn(29.0)
+    receiver.claim(lease, 0, 8)  # renews it
+    receiver.turn(29.0)
+    receiver.leases.get(lease.id)
+    receiver.turn(1.1)
+    with pytest.raises(LeaseNotFound):
+        receiver.leases.get(lease.id)
+    assert receiver.events[0][0] == "lease_expired"
+    receiver.receiving.sender_dead("a", 1, receiver.clock())
+    receiver.assert_empty()
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_is_refused_and_changes_nothing(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    for begin, end in ((1, 13), (0, 6), (0, 14), (4, 4), (8, 4)):
+        with pytest.raises(InvalidRequest):
+            receiver.claim(lease, begin, end)
+    with pytest.raises(StaleEpoch):
+        receiver.receiving.claim(lease.id, EPOCH - 1, 0, 13, ("a", 1), receiver.clock())
+    with pytest.raises(LeaseNotFound):
+        receiver.receiving.claim(1, EPOCH, 0, 13, ("a", 1), receiver.clock())
+    claim = receiver.claim(lease, 4, 8)
+    for begin, end in ((0, 13), (4, 8), (0, 8), (4, 12)):
+        with pytest.raises(Conflict):
+            receiver.claim(lease, begin, end, "b")
+    receiver.end_claim(claim, "failed")
+    with pytest.raises(Conflict):
+        receiver.claim(lease, 4, 8, "b")  # a range has one writer, ever
+    for begin, prompt in ((14, PROMPT), (13, WHOLE[::-1]), (13, PROMPT[:4])):
+        with pytest.raises((InvalidRequest, Conflict)):
+            receiver.generate(prompt, lease, begin)
+    receiver.generate(PROMPT, lease, 13, wait=0.0)
+    with pytest.raises(Conflict):
+        receiver.commit(lease)
+    receiver.turn(0.1)
+    receiver.run()
+    receiver.assert_empty()
+
+
+def test_notifications_that_nobody_awaits_are_counted_and_harmless(pair: tuple[KvRig, KvRig]) -> None:
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    claim = receiver.claim(lease, 0, 8)
+    for number, first, count in ((claim + 1, 0, 1), (claim, 2, 1), (claim, 0, 3), (claim, 1, 0)):
+        receiver.arrive(lease, number, first, count)
+    assert receiver.leases.statistics()["stray_arrivals"] == 4
+    assert lease.received == 0
+    receiver.end_claim(claim)
+    receiver.receiving.release(lease.id, receiver.clock())
+    receiver.assert_empty()
+
+
+# --- sends ---------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_ready_chunk_by_chunk_and_stay_until_the_send_is_finished() -> None:
+    rig = KvRig(prefill_chunk=5)
+    request = rig.send(PROMPT)
+    rig.run()
+    assert [(part.first, len(part.pages)) for part in rig.ready[request]] == [(0, 1), (1, 1), (2, 2)]
+    assert (rig.reused[request], request.state) == (0, State.SENDING)
+    assert rig.cache.match(PROMPT).length == 12
+    assert rig.cache.evict() == 0
+    rig.finish(request)
+    rig.assert_empty()
+
+
+def test_what_is_cached_is_ready_at_once() -> None:
+    rig = KvRig()
+    first = rig.send(PROMPT)
+    rig.run()
+    rig.finish(first)
+    again = rig.send(WHOLE)
+    assert [(part.first, len(part.pages)) for part in rig.ready[again]] == [(0, 3)]
+    rig.run()
+    assert rig.reused[again] == 12
+    whole = rig.send(WHOLE)
+    assert [(part.first, len(part.pages)) for part in rig.ready[whole]] == [(0, 4)]
+    assert rig.reused[whole] == 16
+    for request in (again, whole):
+        rig.finish(request)
+    rig.assert_empty()
+
+
+def test_a_send_does_not_starve_decodes() -> None:
+    rig = KvRig(pages=400, step_tokens=16)
+    decoding = rig.submit(make_request([1, 2, 3], max_tokens=40, ignore_eos=True))
+    rig.step()
+    send = rig.send([1 + i % 40 for i in range(600)])
+    for _ in range(30):
+        before = len(rig.seen[decoding].tokens)
+        rig.step()
+        assert len(rig.seen[decoding].tokens) == before + 1
+    rig.run()
+    rig.finish(send)
+    rig.assert_empty()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_stopped_send_computes_no_more_and_keeps_its_pages(steps: int) -> None:
+    rig = KvRig(prefill_chunk=4)
+    request = rig.send(PROMPT)
+    for _ in range(steps):
+        rig.step()
+    rig.scheduler.stop_send(request)
+    rig.run()
+    assert len(rig.plans) == steps
+    rig.scheduler.check_integrity()
+    assert rig.cache.statistics().owned + rig.cache.statistics().cached == 4
+    rig.finish(request)
+    rig.finish(request)
+    rig.assert_empty()
+
+
+def test_a_step_that_fails_fails_the_send_and_its_pages_wait_for_the_transfer() -> None:
+    rig = KvRig(prefill_chunk=4)
+    request = rig.send(PROMPT)
+    rig.step()
+    rig.launch()
+    rig.executor.drop_newest()
+    rig.scheduler.fail(rig.launched.popleft(), Busy("broken"))
+    rig.read()
+    assert isinstance(rig.answers[request], Busy)
+    assert request.state is State.SENDING
+    rig.run()
+    rig.finish(request)
+    rig.assert_empty()
+
+
+def test_decodes_wait_for_a_sends_pages_and_do_not_take_them() -> None:
+    rig = KvRig(pages=8, max_context=64)
+    send = rig.send(list(range(1, 17)))
+    rig.run()
+    request = rig.submit(make_request([20, 21, 22], max_tokens=20, ignore_eos=True))
+    rig.run()
+    assert rig.seen[request].end is None
+    assert send.state is State.SENDING
+    rig.finish(send)
+    rig.run()
+    assert rig.seen[request].tokens == rig.expected(request, 20)
+    rig.assert_empty()
