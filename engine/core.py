@@ -9,7 +9,6 @@ import secrets
 import time
 from collections import Counter
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from microserve.engine.calls import CallBook
@@ -101,7 +100,11 @@ class EngineCore:
             life=config.lease_life,
             draw_id=draw_lease,
         )
-        self.receiving = Receiving(self.scheduler, leases, epoch=epoch, event=partial(post, event))
+
+        def event_from_steps(kind: str, detail: str) -> None:
+            post(event, kind, detail)
+
+        self.receiving = Receiving(self.scheduler, leases, epoch=epoch, event=event_from_steps)
         self.steps = StepLoop(
             self.scheduler,
             executor,

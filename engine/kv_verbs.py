@@ -15,7 +15,7 @@ from microserve.engine.peers import check_sender
 from microserve.engine.sending import prompt_digest
 from microserve.runtime.clock import monotonic
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.errors import InvalidRequest, MicroserveError
+from microserve.runtime.errors import Cancelled, InvalidRequest, MicroserveError
 from microserve.runtime.messages import (
     CacheEvict,
     CacheEvicted,
@@ -142,7 +142,7 @@ class KvVerbs:
             lease, info = body.lease, self._info()
             if sub.ended:
                 # Whoever asked has gone: nobody knows of this lease.
-                self._steps.command(lambda: self._release(lease.id))
+                self._steps.ask(lambda: self._release(lease.id), lambda _: None)
                 return
             address = KvAddress(
                 engine_id=info.engine_id,
@@ -195,8 +195,13 @@ class KvVerbs:
         self._steps.command(begin)
 
     def _forget(self, ticket: Prepare | CommitTicket, function: Callable[[], None]) -> None:
-        """Nobody waits for `ticket`. What it got meanwhile still comes to its sink, which gives it back."""
-        self._steps.ask(function, lambda _: self._sinks.pop(ticket, None))
+        """Nobody waits for `ticket`. What it got meanwhile comes to its sink first, which gives it back."""
+
+        def forget() -> None:
+            function()
+            self._scheduler.tell(Output(ticket, Cancelled("nobody waits for it"), True))
+
+        self._steps.command(forget)
 
     def _release(self, lease_id: int) -> str:
         return self._receiving.release(lease_id, self._clock())

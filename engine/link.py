@@ -75,6 +75,8 @@ class Link:
         self.connected = False
         """Whether the transport knows the way."""
         self.report = LinkReport(transport="")
+        self.proven = False
+        """Whether this incarnation has answered us: it is, or was, alive."""
         self._reset = reset
         self._error: MicroserveError = PeerLost(f"engine {peer.engine_id} was not reached yet")
         self._waiters: list[asyncio.Future[None]] = []
@@ -154,6 +156,7 @@ class Link:
     def open(self) -> None:
         """It can be used from now on."""
         self.state = "ready"
+        self.proven = True
         self._settle()
         self._flush()
 
@@ -221,6 +224,11 @@ class Link:
         return type(self._error)(self._error.message, param=self._error.param)
 
     # --- what the peer has to be told ------------------------------------------------------------------------------
+
+    @property
+    def owes(self) -> bool:
+        """Whether the peer still has to be told that a claim has ended."""
+        return bool(self._endings) or self._flushing is not None
 
     def _tell(self, ending: _Ending) -> None:
         if self.state != "refused":

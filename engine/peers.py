@@ -7,6 +7,7 @@ That a claim has ended is told until it is heard, over as many sessions as it ta
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec.structs import fields
@@ -41,9 +42,12 @@ REACH_LIMIT = 10.0
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0
 FORGET = 300.0
 """Seconds after which a peer that cannot be reached is forgotten."""
+FORGET_DEBT = 3600.0
+"""The same for a peer that waits for our word on a claim."""
 WATCH_INTERVAL = 1.0
 """Seconds between looks at whether peers that were lost are dead."""
 _MOST_KNOWN = 4096
+_ENDPOINT = re.compile(r"(tcp|ipc|memory)://[\x21-\x7e]{1,500}")
 
 _log = get_logger(__name__)
 
@@ -94,7 +98,8 @@ class Peers:
         self._clock = clock
         self._me = incarnation if incarnation is not None else own_incarnation()
         self._is_dead = is_dead
-        self._links: dict[str, Link] = {}
+        self._links: dict[tuple[str, int], Link] = {}
+        """By engine and epoch: what only says that it is a newer incarnation does not displace one that answers."""
         self._known: dict[str, tuple[int, Incarnation]] = {}
         """The newest incarnation of each engine that said hello to us."""
         self._lost: dict[tuple[str, int], float] = {}
@@ -109,15 +114,21 @@ class Peers:
         return [link.describe(self._received(link.name)) for _, link in sorted(self._links.items())]
 
     def get(self, engine_id: str) -> Link | None:
-        return self._links.get(engine_id)
+        """The newest incarnation of an engine that is known."""
+        found = [epoch for name, epoch in self._links if name == engine_id]
+        return self._links[engine_id, max(found)] if found else None
 
     # --- meeting ---------------------------------------------------------------------------------------------------
 
     def meet(self, peers: Iterable[PeerAddress]) -> None:
-        """Begins to connect to those that are not known yet. Does not wait."""
-        for peer in peers:
-            if peer.engine_id != self._info().engine_id:
-                self._link(peer)
+        """Begins to connect to those that are not known yet. Does not wait. Raises `InvalidRequest`."""
+        others = [peer for peer in peers if peer.engine_id != self._info().engine_id]
+        for peer in others:
+            _check_endpoint(peer.endpoint)
+        if len(self._links) + len(others) > _MOST_KNOWN:
+            raise InvalidRequest(f"more than {_MOST_KNOWN} engines are more than one can know", param="peers")
+        for peer in others:
+            self._link(peer)
 
     async def reach(self, peer: PeerAddress) -> Link:
         """A link that is ready.
@@ -126,6 +137,7 @@ class Peers:
         """
         if self._transfers is None:
             raise TransferFailed("this engine has no transport for KV; its log says why")
+        _check_endpoint(peer.endpoint)
         link = self._link(peer)
         if link is None:
             raise StaleEpoch(f"epoch {peer.epoch:x} of engine {peer.engine_id} is over", param="address")
@@ -142,22 +154,22 @@ class Peers:
 
     def _link(self, peer: PeerAddress) -> Link | None:
         """The link to this incarnation, begun now if need be; None when it is known to be over."""
-        known = self._links.get(peer.engine_id)
-        if known is not None and known.epoch == peer.epoch:
-            return known
-        newest = max(known.epoch if known else 0, self._known.get(peer.engine_id, (0, self._me))[0])
-        if peer.epoch < newest or self._closed:
-            return None
+        key = (peer.engine_id, peer.epoch)
+        known = self._links.get(key)
         if known is not None:
-            self._drop(known, StaleEpoch(f"engine {peer.engine_id} has started anew"))
+            return known
+        newest = self._known.get(peer.engine_id, (0, self._me))[0]
+        opened = [link.epoch for link in self._links.values() if link.engine_id == peer.engine_id and link.proven]
+        if self._closed or peer.epoch < max([newest, *opened]):
+            return None
         link = Link(peer, reset=self._connect_again)
-        self._links[peer.engine_id] = link
+        self._links[key] = link
         link.task = asyncio.get_running_loop().create_task(self._keep(link), name=f"peer {peer.engine_id}")
         return link
 
     def _drop(self, link: Link, error: MicroserveError) -> None:
-        if self._links.get(link.engine_id) is link:
-            del self._links[link.engine_id]
+        if self._links.get((link.engine_id, link.epoch)) is link:
+            del self._links[link.engine_id, link.epoch]
         if self._transfers is not None and link.connected:
             self._transfers.disconnect(link.name)
         link.end(error)
@@ -188,11 +200,11 @@ class Peers:
             else:
                 self._opened(link)
                 delay, failing_since = _FIRST_RETRY, self._clock()
-                error = await link.until_lost()
-                _log.warning("peer lost", every=1.0, engine=link.engine_id, epoch=link.epoch, error=error.message)
-                self._event("peer", f"{link.engine_id}: lost: {error.message}")
-                link.lose(error)
-            if self._clock() - failing_since > FORGET:
+                why = await link.until_lost()
+                _log.warning("peer lost", every=1.0, engine=link.engine_id, epoch=link.epoch, error=why.message)
+                self._event("peer", f"{link.engine_id}: lost: {why.message}")
+                link.lose(why)
+            if self._clock() - failing_since > (FORGET_DEBT if link.owes else FORGET):
                 self._drop(link, PeerLost(f"engine {link.engine_id} was not reached for {FORGET:g} s"))
                 return
             await link.pause(delay)
@@ -233,10 +245,13 @@ class Peers:
         return await reported
 
     def _opened(self, link: Link) -> None:
+        for older in [each for each in self._links.values() if each.engine_id == link.engine_id]:
+            if older.epoch < link.epoch:
+                self._drop(older, StaleEpoch(f"engine {link.engine_id} has started anew"))
         link.open()
-        facts = {"transport": link.report.transport, "gigabytes_per_second": link.report.gigabytes_per_second}
-        _log.info("peer connected", engine=link.engine_id, epoch=link.epoch, **facts)
-        self._event("peer", f"{link.engine_id}: {link.report.transport}, {link.report.gigabytes_per_second:.3g} GB/s")
+        transport, speed = link.report.transport, link.report.gigabytes_per_second
+        _log.info("peer connected", engine=link.engine_id, epoch=link.epoch, transport=transport, gb_per_second=speed)
+        self._event("peer", f"{link.engine_id}: {transport}, {speed:.3g} GB/s")
 
     def _refused(self, link: Link, error: MicroserveError) -> None:
         if isinstance(error, StaleEpoch):
@@ -355,6 +370,11 @@ class Peers:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not _ENDPOINT.fullmatch(endpoint):
+        raise InvalidRequest(f"{endpoint[:100]!r} is no endpoint", param="endpoint")
 
 
 def check_sender(session: Session, engine_id: str, epoch: int) -> None:

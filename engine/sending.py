@@ -302,17 +302,20 @@ class Sends:
         count, send.pushing = send.pushing, 0
         if send.way is not None:
             send.way.push_ended(pushed.nbytes, pushed.seconds, pushed.error)
+        if not pushed.certain:
+            # The receiver must go on to believe that its pages are being written: our own end will tell it.
+            send.claim = None
         if pushed.error:
             receiver = send.address.engine_id
             _log.warning("push failed", every=1.0, engine=receiver, pages=count, why=pushed.error)
             self._event("push_failed", f"{receiver}: {pushed.error}")
-            self._fail(send, TransferFailed(f"pages could not be pushed to engine {receiver}: {pushed.error}"))
-        else:
-            send.pushed += count
-            send.nbytes += pushed.nbytes
-            send.seconds += pushed.seconds
+        send.pushed += count
+        send.nbytes += pushed.nbytes
+        send.seconds += pushed.seconds
         if send.over:
             self._let_go(send, "the send was given up")
+        elif pushed.error:
+            self._fail(send, TransferFailed(f"pages could not be pushed to engine {receiver}: {pushed.error}"))
         else:
             self._advance(send)
 

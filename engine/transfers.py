@@ -33,8 +33,6 @@ _GROWTH: Final = 1.25
 """How the wait between looks grows while nothing happens."""
 _LONGEST_BUSY, _LONGEST_EXPECTING, _LONGEST_IDLE = 100e-6, 500e-6, 20e-3
 """Seconds between looks at most: with something of ours under way, with arrivals expected, without either."""
-_MOVED: Final = 50e-6
-"""Seconds. A look at arrivals that took longer has moved data, whether or not something arrived in full."""
 _LAST_PUSHES = 1.0
 """Seconds that active pushes get to end when the thread is told to stop."""
 
@@ -77,11 +75,13 @@ def decode_arrival(peer: str, notification: bytes) -> Arrival | None:
 
 
 class Pushed(Struct, frozen=True):
-    """How a push ended; `error` "" means well. Once told, it writes nothing more."""
+    """How a push ended; `error` "" means well. Once told, and `certain`, it writes nothing more."""
 
     error: str
     nbytes: int
     seconds: float
+    certain: bool = True
+    """False: it was given up, and may still be written."""
 
 
 class Push(Struct, eq=False):
@@ -135,7 +135,7 @@ class TransferThread:
         self._over = ""
         """Why nothing is begun any more."""
         self._closed = False
-        """The transport is not to be used any more."""
+        """Nobody looks into the inbox any more."""
         self._active: list[_Active] = []
         self._dialled: list[_Dialled] = []
         self._wait = _SHORTEST_WAIT
@@ -222,10 +222,10 @@ class TransferThread:
                 self._dialled.remove(dialled)
                 self._counts["failed_connections" if report.error else "connections"] += 1
                 self._post(dialled.done, report)
-        looked_at = self._clock()
         if found := self._transport.arrivals():
+            happened = True
             self._tell_arrivals(found)
-        return happened or bool(found) or self._clock() - looked_at > _MOVED
+        return happened
 
     def _connect(self, peer: str, metadata: bytes, done: Callable[[LinkReport], None]) -> None:
         if self._over:
@@ -250,9 +250,9 @@ class TransferThread:
             else:
                 self._active.append(_Active(order, post, now))
 
-    def _fail(self, order: Push, error: str) -> None:
+    def _fail(self, order: Push, error: str, *, certain: bool = True) -> None:
         self._counts["push_failures"] += 1
-        self._post(order.done, Pushed(error, 0, 0.0))
+        self._post(order.done, Pushed(error, 0, 0.0, certain))
 
     def _end(self, active: _Active, error: str) -> None:
         self._active.remove(active)
@@ -313,11 +313,11 @@ class TransferThread:
         self._dial_no_more()
         for active in self._active:
             # It may still be written: the receiver learns of our end by other means.
-            self._fail(active.order, self._over)
+            self._fail(active.order, self._over, certain=False)
         self._active.clear()
-        self._transport.close()
         self._closed = True
         self._answer_rest()
+        self._transport.close()
 
     def _dial_no_more(self) -> None:
         for dialled in self._dialled:

@@ -111,8 +111,8 @@ class EngineVerbs:
         self._clock = clock
         self._draw_seed = draw_seed
         self._log = get_logger(__name__)
-        self._live: dict[object, IncomingCall] = {}
-        """Generations, by what outputs name: their `Request`."""
+        self._live: dict[Request, IncomingCall] = {}
+        """Generations, by what their outputs name."""
         self._by_sub_id: dict[str, Request] = {}
         self._draining = False
         book.emptied = lambda: self.changed()
@@ -201,12 +201,11 @@ class EngineVerbs:
         answers = []
         for output in outputs:
             request = output.request
-            call = self._live.get(request)
-            if call is not None:
+            if isinstance(request, Request) and (call := self._live.get(request)) is not None:
                 answers.append(Outgoing(call, output.body, output.final))  # type: ignore[arg-type]  # a generation's
                 if output.final:
                     error = output.body if isinstance(output.body, MicroserveError) else None
-                    self._forget(request, error)  # type: ignore[arg-type]  # generations are requests
+                    self._forget(request, error)
                     call.on_cancel = None
             elif (sink := self._sinks.get(request)) is not None:
                 sink(output)

@@ -1,4 +1,9 @@
-"""The router's verbs on the bus: for engines, announcing; for clients, generating, models, tokens and status."""
+"""The router's verbs on the bus: for engines, announcing; for clients, generating, models, tokens and status; for
+operators, strategies and engines.
+
+Where keys are in use, a session's role says what it may call: an engine's announces, a client's generates and looks,
+an admin's does everything.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +15,30 @@ from microserve.router.core import GenerationSpec
 from microserve.router.text_stream import TextStream
 from microserve.runtime.clock import Clock, monotonic
 from microserve.runtime.codec import pack_tokens, unpack_tokens
-from microserve.runtime.errors import Cancelled, InternalError, InvalidRequest, MicroserveError
+from microserve.runtime.errors import Cancelled, Forbidden, InternalError, InvalidRequest, MicroserveError
 from microserve.runtime.ids import IdSource
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
     Announce,
+    CacheMatch,
+    CachePrefixes,
     Detokenize,
     Detokenized,
+    EngineCall,
     Finished,
     Generate,
     Heartbeat,
+    Info,
     Leave,
     ListModels,
+    ListStrategies,
     Models,
     Ok,
+    RollbackStrategy,
+    SetStrategy,
+    Stats,
     Status,
+    StrategySet,
     TextChunk,
     Tokenize,
     Tokenized,
@@ -39,9 +53,15 @@ if TYPE_CHECKING:
     from microserve.router.dispatch import Generation
     from microserve.router.text import TextModel
     from microserve.runtime.codec import TokenArray
+    from microserve.runtime.messages import EngineVerb, RouterVerb
     from microserve.runtime.rpc import IncomingCall
 
 _log = get_logger(__name__)
+
+_ENGINES = (Announce, Heartbeat, Leave)
+_ADMINS = (SetStrategy, RollbackStrategy)
+_LOOKS = (Info, Stats, CacheMatch, CachePrefixes)
+"""Calls on engines that change nothing."""
 
 
 class RouterApi:
@@ -63,6 +83,7 @@ class RouterApi:
 
     def _handle(self, call: IncomingCall) -> None:
         core, body = self._core, call.body
+        _check_role(call.session.role, body)
         match body:
             case Heartbeat():
                 core.heartbeat(body.engine_id, body.epoch, body.load)
@@ -83,6 +104,17 @@ class RouterApi:
                 call.reply(Detokenized(text=core.text_model(body.model).decode(unpack_tokens(body.ids))))
             case Status():
                 call.reply(core.status())
+            case ListStrategies():
+                call.reply(core.versions.show())
+            case SetStrategy():
+                active = core.versions.set(
+                    body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run
+                )
+                call.reply(StrategySet(active=active, dry_run=body.dry_run))
+            case RollbackStrategy():
+                call.reply(StrategySet(active=core.versions.roll_back(model=body.model, number=body.number)))
+            case EngineCall():
+                self._start(call, self._on_engine(call, body))
             case _:
                 raise InvalidRequest(f"a router does not serve {type(body).__name__}")
 
@@ -106,6 +138,16 @@ class RouterApi:
         except Exception:  # a bug of ours is the answer of this call; the others go on
             _log.exception("call failed", verb=type(call.body).__name__)
             call.fail(InternalError("the router failed; its log says more"))
+
+    async def _on_engine(self, call: IncomingCall, body: EngineCall) -> None:
+        budget = None if call.deadline is None else max(0.001, call.deadline - self._clock())
+        stream = self._core.engine_call(body.engine_id, body.body, budget=budget)
+        try:
+            async for part in stream:
+                call.part(part)
+        finally:
+            stream.cancel()  # no effect once it has ended; else our caller is gone, and the engine stops
+        call.reply(stream.reply)
 
     async def _tokenize(self, call: IncomingCall, body: Tokenize) -> None:
         text = self._core.text_model(body.model)
@@ -184,6 +226,20 @@ def _finish(call: IncomingCall, generation: Generation, reason: str, usage: Usag
             engine=engines[-1] if engines else "",
         )
     )
+
+
+def _check_role(role: str, body: EngineVerb | RouterVerb) -> None:
+    """Raises `Forbidden` where keys are in use and this one is not for that."""
+    if role in ("", "admin"):
+        return
+    if isinstance(body, EngineCall):
+        allowed = role == "client" and isinstance(body.body, _LOOKS)
+    elif isinstance(body, _ENGINES):
+        allowed = role == "engine"
+    else:
+        allowed = role == "client" and not isinstance(body, _ADMINS)
+    if not allowed:
+        raise Forbidden(f"a key of role {role} may not call {type(body).__name__}")
 
 
 def _cancel(task: asyncio.Task[None], _reason: MicroserveError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import msgspec
 
 from microserve.router.dispatch import Dispatcher, Generation, State
 from microserve.router.fleet import EngineFleet
+from microserve.router.strategies.catalog import Catalog
 from microserve.router.strategy import Request
+from microserve.router.versions import Versions
 from microserve.runtime.errors import (
     Busy,
     ContextLengthExceeded,
@@ -22,10 +25,21 @@ from microserve.runtime.errors import (
     MicroserveError,
     ModelNotFound,
     NoEngine,
+    NotFound,
+    PeerLost,
 )
 from microserve.runtime.log import get_logger
 from microserve.runtime.membership import Roster
-from microserve.runtime.messages import ModelInfo, SamplingParams, StatusReply
+from microserve.runtime.messages import (
+    Claim,
+    ClaimEnded,
+    Meet,
+    ModelInfo,
+    PeerAddress,
+    PeerHello,
+    SamplingParams,
+    StatusReply,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,11 +51,15 @@ if TYPE_CHECKING:
     from microserve.runtime.clock import Clock
     from microserve.runtime.codec import TokenArray
     from microserve.runtime.config import RouterConfig
-    from microserve.runtime.messages import EngineInfo, Load
+    from microserve.runtime.messages import EngineInfo, EngineVerb, Load
+    from microserve.runtime.rpc import CallStream
 
 _MOST_RETRY_AFTER = 30.0
 _SMOOTHING = 0.1
 _LAST_WAIT = 1.0
+_MEET_AFTER = 0.05
+"""Seconds after a change of the fleet until engines are told of each other."""
+_MEET_BUDGET = 10.0
 
 _log = get_logger(__name__)
 
@@ -67,18 +85,21 @@ class RouterCore:
         self,
         config: RouterConfig,
         bus: Bus,
-        program: Program,
+        program: Program | Versions,
         *,
         metrics: RouterMetrics,
         load_text: Callable[[str], TextModel],
         clock: Clock = time.monotonic,
         version: str = "",
     ) -> None:
-        """`load_text` loads the text side of a model from its path; it is called in a thread."""
+        """`load_text` loads the text side of a model from its path; it is called in a thread.
+
+        A `program` alone serves everything, beside the strategies that are built in.
+        """
         self.config = config
         self.metrics = metrics
-        self.program = program
-        """The version that serves new requests. Those in flight keep theirs."""
+        self.versions = program if isinstance(program, Versions) else Versions(program, Catalog.built_in)
+        """Which program serves new requests. Those in flight keep theirs."""
         self.http_url = ""
         self.draining = False
         self.roster = Roster(silence=config.engine_silence, clock=clock, forget=max(300.0, config.engine_silence))
@@ -101,6 +122,9 @@ class RouterCore:
         self._sweeping: asyncio.TimerHandle | None = None
         metrics.active, metrics.queued = self._count_active, self._count_queued
         metrics.engines = self.fleet.snapshot
+        metrics.versions = self.versions.active_versions
+        self._meeting: asyncio.TimerHandle | None = None
+        self.fleet.changed = self._fleet_changed
         metrics.bus = bus.statistics
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -127,8 +151,9 @@ class RouterCore:
     async def close(self) -> None:
         """End what is left, let go of the engines. No task remains (but of a strategy that refuses to end)."""
         self.draining = True
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for timer in (self._sweeping, self._meeting):
+            if timer is not None:
+                timer.cancel()
         tasks = [task for generation in (*self._queue, *self._active) if (task := generation.task) is not None]
         for generation in (*self._queue, *self._active):
             generation.refuse(Draining("the router stops"))
@@ -153,6 +178,39 @@ class RouterCore:
     def leave(self, engine_id: str, epoch: int) -> None:
         """An engine says goodbye."""
         self.fleet.apply(self.roster.leave(engine_id, epoch))
+
+    def _fleet_changed(self) -> None:
+        """Tells engines of each other soon, once for changes that come together."""
+        if self._meeting is None and not self.draining:
+            self._meeting = asyncio.get_running_loop().call_later(_MEET_AFTER, self._introduce)
+
+    def _introduce(self) -> None:
+        self._meeting = None
+        links = [link for link in self.fleet.links if link.client is not None and not link.client.closed]
+        for link in links:
+            peers = [
+                PeerAddress(engine_id=other.id, epoch=other.info.epoch, endpoint=other.info.endpoint)
+                for other in links
+                if other is not link and other.info.model.name == link.info.model.name
+            ]
+            if peers and link.client is not None:
+                with contextlib.suppress(PeerLost):  # then the fleet hears of it, and this is called again
+                    # Its answer says nothing that anybody waits for.
+                    link.client.stream(Meet(peers=peers), budget=_MEET_BUDGET)
+
+    # --- engines, for operators and for programs outside of the router -----------------------------------------------
+
+    def engine_call(self, engine_id: str, body: EngineVerb, *, budget: float | None = None) -> CallStream:
+        """Makes a call on one engine. Raises `NotFound`, `PeerLost`, or `InvalidRequest` for engines' own verbs."""
+        if isinstance(body, PeerHello | Claim | ClaimEnded | Meet):
+            raise InvalidRequest(f"{type(body).__name__} is between engines", param="body")
+        link = next((link for link in self.fleet.links if link.id == engine_id), None)
+        if link is None:
+            known = ", ".join(sorted(link.id for link in self.fleet.links)) or "none"
+            raise NotFound(f"there is no engine {engine_id!r}; there are: {known}", param="engine_id")
+        if link.client is None or link.client.closed:
+            raise PeerLost(f"engine {engine_id} is not connected ({link.state})")
+        return link.client.stream(body, budget=self.config.request_timeout if budget is None else budget)
 
     # --- models ----------------------------------------------------------------------------------------------------
 
@@ -275,7 +333,8 @@ class RouterCore:
         )
         longest = self.config.request_timeout
         timeout = longest if spec.timeout is None else min(spec.timeout, longest)
-        generation = self._dispatcher.create(request, self.program, timeout=timeout)
+        program = self.versions.choose(model.name, spec.request_id)
+        generation = self._dispatcher.create(request, program, timeout=timeout)
         self._idle.clear()
         if full:
             self._queue.append(generation)
@@ -338,6 +397,6 @@ class RouterCore:
             active_requests=len(self._active),
             queued_requests=len(self._queue),
             requests_total=self.metrics.requests + len(self._active) + len(self._queue),
-            strategy=self.program.version,
+            strategy=self.versions.default.version,
             http=self.http_url,
         )

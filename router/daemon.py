@@ -23,6 +23,7 @@ from microserve.router.http import make_app
 from microserve.router.metrics import RouterMetrics
 from microserve.router.strategies.catalog import load_catalog
 from microserve.router.text import TextModel
+from microserve.router.versions import Versions
 from microserve.runtime.config import RouterConfig, config_from_args, default_process_id
 from microserve.runtime.errors import ConfigError, InvalidRequest
 from microserve.runtime.ids import Peer, new_epoch
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> None:
     """Runs a router until `lifecycle` drains. Raises `ConfigError` for a wrong setting or an address that is taken."""
-    program = load_program(config)
+    versions = load_versions(config)
     http = bind_http(config.http_host, config.http_port)
     bus = ZmqBus(Peer("router", router_id, new_epoch()))
     with contextlib.closing(http):
@@ -72,7 +73,7 @@ async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> N
         core = RouterCore(
             config,
             bus,
-            program,
+            versions,
             metrics=RouterMetrics(registry),
             load_text=TextModel.load,
             version=microserve.__version__,
@@ -86,7 +87,7 @@ async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> N
             serving = asyncio.create_task(server.serve(sockets=[http]), name="http")
             try:
                 _freeze()
-                _log.info("ready", bus=listener.endpoint, http=core.http_url, strategy=program.version)
+                _log.info("ready", bus=listener.endpoint, http=core.http_url, strategy=core.versions.default.version)
                 await _until_drained(config, lifecycle, core, serving)
             finally:
                 await core.close()
@@ -117,6 +118,13 @@ async def _until_drained(
         _log.info("drained", requests=running)
     else:
         _log.warning("drain took too long; what still runs is cut off", seconds=config.drain_timeout)
+
+
+def load_versions(config: RouterConfig) -> Versions:
+    """What serves at the start: the configured strategy, or what was set before the last restart."""
+    folder = Path(config.strategy_folder) if config.strategy_folder else None
+    store = Path(config.state_folder) / "strategies.json" if config.state_folder else None
+    return Versions(load_program(config), partial(load_catalog, folder), store=store)
 
 
 def load_program(config: RouterConfig) -> Program:

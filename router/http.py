@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from microserve.router.admin import AdminPages
 from microserve.router.openai import parse
 from microserve.router.openai.endpoints import Core, Endpoints
 from microserve.router.openai.errors import MethodNotAllowed, NoSuchRoute
@@ -159,9 +160,20 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
     ids = IdSource("req")
     endpoints = Endpoints(core, max_body=max_body)
     pages = _Pages(core, max_body)
+    admin = AdminPages(core.versions, max_body)
 
     def route(path: str, method: str, handler: Handler) -> Route:
         return Route(path, _Door(handler, ids, keep_alive), methods=[method])
+
+    def door(path: str, **handlers: Handler) -> list[Route]:
+        """One path that serves several methods."""
+
+        async def by_method(exchange: Exchange) -> None:
+            # HEAD comes with GET.
+            method = exchange.scope["method"]
+            await handlers["GET" if method == "HEAD" else method](exchange)
+
+        return [Route(path, _Door(by_method, ids, keep_alive), methods=list(handlers))]
 
     async def refuse(request: Request, error: MicroserveError, allowed: str = "") -> None:
         async def handler(exchange: Exchange) -> None:
@@ -189,6 +201,8 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
             route("/health", "GET", pages.health),
             route("/ready", "GET", pages.ready),
             route("/metrics", "GET", pages.metrics),
+            *door("/admin/strategies", GET=admin.strategies, PUT=admin.set),
+            route("/admin/strategies/rollback", "POST", admin.roll_back),
         ],
         exception_handlers={404: not_found, 405: not_allowed},  # type: ignore[dict-item]
     )

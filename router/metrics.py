@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
+OTHER_VERSIONS = "other"
+"""The label of versions that serve no longer, once there are many."""
+_MOST_LABELS = 16
+
 _PREFIX = "microserve_router_"
 _BUS_EVENTS = (
     "sent",
@@ -71,6 +75,17 @@ class _Label:
         self.outcomes: Counter[str] = Counter()
         self.tokens_in = self.tokens_out = self.tokens_cached = 0
 
+    def add(self, other: _Label) -> None:
+        """Takes over what was measured elsewhere."""
+        for name in ("ttft", "itl", "tpot", "jct"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine.counts = [a + b for a, b in zip(mine.counts, theirs.counts, strict=True)]
+            mine.total += theirs.total
+        self.outcomes.update(other.outcomes)
+        self.tokens_in += other.tokens_in
+        self.tokens_out += other.tokens_out
+        self.tokens_cached += other.tokens_cached
+
 
 class RouterMetrics(Collector):
     """Counts what happens at one router. Registered with the registry that it is given."""
@@ -83,6 +98,8 @@ class RouterMetrics(Collector):
         self.engines: Callable[[], Iterable[FleetEngine]] = tuple
         self.bus: Callable[[], BusStatistics] | None = None
         """Asked when a scrape comes; set by who knows."""
+        self.versions: Callable[[], set[str]] = set
+        """The versions that serve now: others that have ended are counted together, so that labels stay few."""
         registry.register(self)
 
     # --- counting --------------------------------------------------------------------------------------------------
@@ -117,8 +134,16 @@ class RouterMetrics(Collector):
         key = (model, version)
         label = self._labels.get(key)
         if label is None:
-            label = self._labels[key] = _Label()
+            if len(self._labels) >= _MOST_LABELS:
+                self._fold()
+            label = self._labels.setdefault(key, _Label())
         return label
+
+    def _fold(self) -> None:
+        """What was measured of versions that serve no longer goes into one label a model."""
+        active = self.versions()
+        for model, version in [key for key in self._labels if key[1] not in active and key[1] != OTHER_VERSIONS]:
+            self._labels.setdefault((model, OTHER_VERSIONS), _Label()).add(self._labels.pop((model, version)))
 
     @property
     def requests(self) -> int:

@@ -15,10 +15,12 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import msgspec
 
+from microserve.runtime.async_engine import AsyncEngine
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import InvalidRequest, PeerLost, ProtocolError
 from microserve.runtime.ids import Peer, new_epoch
@@ -29,10 +31,15 @@ from microserve.runtime.messages import (
     Finished,
     Generate,
     ListModels,
+    ListStrategies,
     Models,
+    RollbackStrategy,
     SamplingParams,
+    SetStrategy,
     Status,
     StatusReply,
+    Strategies,
+    StrategySet,
     TextChunk,
     Tokenize,
     Tokenized,
@@ -43,7 +50,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from microserve.runtime.bus import Bus
-    from microserve.runtime.messages import ModelInfo, TokenLogprobs, Usage
+    from microserve.runtime.messages import ModelInfo, RouterVerb, SettingValue, TokenLogprobs, Usage
     from microserve.runtime.rpc import CallStream, RpcClient
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
@@ -196,13 +203,20 @@ class AsyncStream:
 class AsyncClient:
     """A client of one router, on one event loop. Connects with the first call, and again after the router was lost.
 
-    `endpoint` is the router's bus, not its HTTP port. `bus` is for tests; by default the client opens one over ZeroMQ.
+    `endpoint` is the router's bus, not its HTTP port. `key_file` says who we are where the bus wants keys (default:
+    $MICROSERVE_KEY_FILE). `bus` is for tests; by default the client opens one over ZeroMQ.
     """
 
     def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, *, connect_timeout: float = 5.0, bus: Bus | None = None
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        connect_timeout: float = 5.0,
+        key_file: str | os.PathLike[str] | None = None,
+        bus: Bus | None = None,
     ) -> None:
         self._endpoint = endpoint
+        self._key_file = key_file if key_file is not None else os.environ.get("MICROSERVE_KEY_FILE")
         self._connect_timeout = connect_timeout
         self._bus = bus
         self._owns_bus = bus is None
@@ -228,9 +242,12 @@ class AsyncClient:
                 return self._rpc
             if self._bus is None:
                 # Imported here: the client's types are of use without a bus.
+                from microserve.runtime.keys import BusSecurity
                 from microserve.runtime.zmq_bus import ZmqBus
 
-                self._bus = ZmqBus(Peer("client", f"{os.getpid()}-{os.urandom(4).hex()}", new_epoch()))
+                security = BusSecurity.load(Path(self._key_file)) if self._key_file else None
+                me = Peer("client", f"{os.getpid()}-{os.urandom(4).hex()}", new_epoch())
+                self._bus = ZmqBus(me, security=security)
             try:
                 self._rpc = await connect(self._bus, self._endpoint, timeout=self._connect_timeout)
             except PeerLost as error:
@@ -284,7 +301,34 @@ class AsyncClient:
         request = Detokenize(ids=pack_tokens(list(token_ids)), model=model)
         return _expect(await self._ask(request), Detokenized).text
 
-    async def _ask(self, body: ListModels | Status | Tokenize | Detokenize) -> object:
+    # --- operating ---
+
+    def engine(self, engine_id: str) -> AsyncEngine:
+        """One engine's verbs: `await client.engine("a").prep_recv(prompt)`. Nothing is sent yet."""
+        return AsyncEngine(self, engine_id)
+
+    async def strategies(self) -> Strategies:
+        """What can be chosen, what serves, what was."""
+        return _expect(await self._ask(ListStrategies()), Strategies)
+
+    async def set_strategy(
+        self,
+        name: str,
+        settings: Mapping[str, SettingValue] | None = None,
+        *,
+        model: str = "",
+        share: float = 1.0,
+        dry_run: bool = False,
+    ) -> StrategySet:
+        """Serves `share` of the next requests of `model` ("": every model) by another strategy."""
+        body = SetStrategy(name=name, settings=dict(settings or {}), model=model, share=share, dry_run=dry_run)
+        return _expect(await self._ask(body), StrategySet)
+
+    async def rollback_strategy(self, *, model: str = "", number: int | None = None) -> StrategySet:
+        """Back to what served before the last change, or before change `number`."""
+        return _expect(await self._ask(RollbackStrategy(model=model, number=number)), StrategySet)
+
+    async def _ask(self, body: RouterVerb) -> object:
         rpc = await self.connect()
         return await rpc.call(body, budget=30.0)
 

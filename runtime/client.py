@@ -11,6 +11,7 @@ Leaving a stream's loop cancels the request, and the engine's work with it.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
@@ -18,12 +19,14 @@ from microserve.runtime.async_client import DEFAULT_ENDPOINT, AsyncClient, Async
 from microserve.runtime.errors import PeerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    import os
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
 
     from microserve.runtime.async_client import ChatInput, Prompt
+    from microserve.runtime.async_engine import AsyncEngine
     from microserve.runtime.bus import Bus
-    from microserve.runtime.messages import ModelInfo, StatusReply
+    from microserve.runtime.messages import ModelInfo, SettingValue, StatusReply, Strategies, StrategySet
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -32,6 +35,7 @@ __all__ = [
     "Client",
     "Completion",
     "Delta",
+    "Engine",
     "Options",
     "Stream",
 ]
@@ -88,6 +92,7 @@ class Client:
         endpoint: str = DEFAULT_ENDPOINT,
         *,
         connect_timeout: float = 5.0,
+        key_file: str | os.PathLike[str] | None = None,
         bus: Callable[[], Bus] | None = None,
     ) -> None:
         self._loop = asyncio.new_event_loop()
@@ -95,7 +100,8 @@ class Client:
         self._thread.start()
 
         async def make() -> AsyncClient:
-            return AsyncClient(endpoint, connect_timeout=connect_timeout, bus=None if bus is None else bus())
+            opened = None if bus is None else bus()
+            return AsyncClient(endpoint, connect_timeout=connect_timeout, key_file=key_file, bus=opened)
 
         self._client = self.run(make())
 
@@ -153,6 +159,30 @@ class Client:
         """The text of token ids."""
         return self.run(self._client.detokenize(token_ids, model=model))
 
+    def engine(self, engine_id: str) -> Engine:
+        """One engine's verbs. Nothing is sent yet."""
+        return Engine(self, self._client.engine(engine_id))
+
+    def strategies(self) -> Strategies:
+        """What can be chosen, what serves, what was."""
+        return self.run(self._client.strategies())
+
+    def set_strategy(
+        self,
+        name: str,
+        settings: Mapping[str, SettingValue] | None = None,
+        *,
+        model: str = "",
+        share: float = 1.0,
+        dry_run: bool = False,
+    ) -> StrategySet:
+        """Serves `share` of the next requests of `model` ("": every model) by another strategy."""
+        return self.run(self._client.set_strategy(name, settings, model=model, share=share, dry_run=dry_run))
+
+    def rollback_strategy(self, *, model: str = "", number: int | None = None) -> StrategySet:
+        """Back to what served before the last change, or before change `number`."""
+        return self.run(self._client.rollback_strategy(model=model, number=number))
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's loop and wait for it. Ctrl-C while waiting cancels it."""
         if self._loop.is_closed():
@@ -173,6 +203,24 @@ class Client:
         await asyncio.gather(*others, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
         await self._loop.shutdown_default_executor()
+
+
+class Engine:
+    """One engine's verbs without `await`: every method of `AsyncEngine` but the streaming `start_generate`."""
+
+    def __init__(self, client: Client, engine: AsyncEngine) -> None:
+        self._client = client
+        self._engine = engine
+
+    @property
+    def id(self) -> str:
+        return self._engine.id
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._engine, name)
+        if name.startswith("_") or not inspect.iscoroutinefunction(method):
+            raise AttributeError(f"an engine has no blocking {name!r}")
+        return lambda *given, **options: self._client.run(method(*given, **options))
 
 
 async def _next(stream: AsyncStream) -> Delta | None:

@@ -331,8 +331,8 @@ class EngineEvent(Message, tag="event", frozen=True):
     epoch: int
     seq: int
     kind: str
-    """"started", "state" (load.state changed), "load" (periodic), "stopping"; and, with `detail`: "peer" (a way to another
-    engine was opened, refused or lost), "lease_expired", "quarantined", "push_failed"."""
+    """"started", "state" (load.state changed), "load" (periodic), "stopping"; and, with `detail`: "peer" (a way to
+    another engine was opened, refused or lost), "lease_expired", "quarantined", "push_failed"."""
     load: Load
     detail: str = ""
 

@@ -13,15 +13,14 @@ import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import numpy as np
+import msgspec
 from tests.engine_rig import FlakyExecutor, model
+from tests.fleet_calls import PAGE, generate_body, next_sub_id, send_body
 from tests.virtual_time import run_virtual
 
 from microserve.engine.core import EngineCore
-from microserve.engine.fake_executor import fake_tokens
 from microserve.engine.link import peer_name
 from microserve.engine.liveness import Incarnation
-from microserve.engine.plan import SequenceStart
 from microserve.kv.transfer.loopback import LoopbackHub, LoopbackTransport
 from microserve.runtime.clock import ManualClock
 from microserve.runtime.codec import pack_tokens, unpack_tokens
@@ -40,10 +39,7 @@ from microserve.runtime.messages import (
     PrepRecv,
     Release,
     Released,
-    RemoteSend,
-    SamplingParams,
     SendReport,
-    StartGenerate,
     Stats,
     StatsReply,
     Tokens,
@@ -57,7 +53,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAGE = 4
 STEP = 0.01
 """Seconds that a step takes."""
 TICK = 0.05
@@ -65,8 +60,6 @@ TICK = 0.05
 LIMIT = 600.0
 """Virtual seconds after which a test hangs."""
 HOST = "host"
-
-_SUB_IDS = itertools.count(1)
 
 
 class LoopClock(ManualClock):
@@ -147,10 +140,7 @@ class FleetEngine:
     async def start(self) -> None:
         listener = await self.bus.listen("memory://*", self.core.verbs.server)
         self.endpoint = listener.endpoint
-        self.core.info = type(self.core.info)(
-            **{name: getattr(self.core.info, name) for name in self.core.info.__struct_fields__}
-            | {"endpoint": self.endpoint}
-        )
+        self.core.info = msgspec.structs.replace(self.core.info, endpoint=self.endpoint)
         self._tasks = [
             asyncio.create_task(self._turn_steps(), name=f"steps of {self.name}"),
         ]
@@ -161,9 +151,11 @@ class FleetEngine:
         while True:
             await self.frozen.wait()
             self._woken.clear()
-            core.transfers.turn()
+            while core.transfers.turn():
+                pass
             stepped = core.steps.turn()
-            core.transfers.turn()
+            while core.transfers.turn():
+                pass
             if self.fleet.check:
                 core.scheduler.check_integrity()
                 core.receiving.check_integrity()
@@ -368,9 +360,12 @@ class Fleet:
         router, budget = options.pop("router", "r"), options.pop("budget", None)
         stream = (await self.client(engine, router)).stream(generate_body(prompt, count, **options), budget=budget)
         tokens: list[int] = []
-        async for body in stream:
-            assert isinstance(body, Tokens)
-            tokens += unpack_tokens(body.ids).tolist()
+        try:
+            async for body in stream:
+                assert isinstance(body, Tokens)
+                tokens += unpack_tokens(body.ids).tolist()
+        finally:
+            stream.cancel()
         assert isinstance(stream.reply, Generated)
         return tokens, stream.reply
 
@@ -389,58 +384,6 @@ class Fleet:
 
     async def forgo(self, engine: FleetEngine, address: KvAddress, begin: int, end: int) -> str:
         return (await self.ask(engine, Forgo(lease=address.lease, begin=begin, end=end), Released)).outcome
-
-
-def next_sub_id() -> str:
-    return f"sub-{next(_SUB_IDS)}"
-
-
-def send_body(
-    prompt: Sequence[int],
-    address: KvAddress,
-    *,
-    begin: int | None = None,
-    end: int | None = None,
-    sub_id: str | None = None,
-) -> RemoteSend:
-    return RemoteSend(
-        request_id="q",
-        sub_id=sub_id or next_sub_id(),
-        prompt=pack_tokens(prompt),
-        address=address,
-        begin=address.matched if begin is None else begin,
-        end=address.end if end is None else end,
-    )
-
-
-def generate_body(prompt: Sequence[int], count: int, **options: Any) -> StartGenerate:
-    address: KvAddress | None = options.pop("kv", None)
-    begin = options.pop("begin", None)
-    if begin is None:
-        begin = 0 if address is None else address.end
-    return StartGenerate(
-        request_id="q",
-        sub_id=options.pop("sub_id", None) or next_sub_id(),
-        prompt=pack_tokens(prompt),
-        begin=begin,
-        sampling=SamplingParams(max_tokens=count, temperature=0),
-        lease=None if address is None else address.lease,
-        **options,
-    )
-
-
-def expected(prompt: Sequence[int], count: int = 4) -> list[int]:
-    """What every engine answers to `prompt`, wherever the KV comes from."""
-    tokens = np.array(prompt, dtype=np.int32)
-    served = model()
-    sampling = SamplingParams(max_tokens=count, temperature=0)
-    start = SequenceStart(0, tokens, len(tokens), sampling, 0, served.eos_token_ids)
-    return fake_tokens(tokens, start, served, count=count)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    """A prompt that has no page in common with one of another seed."""
-    return [(seed * 31 + index * 7 + index // PAGE) % 49 for index in range(length)]
 
 
 def run_fleet(work: Callable[[Fleet], Coroutine[Any, Any, T]], *names: str, **options: Any) -> T:

@@ -14,6 +14,9 @@ from tests import tokenizer_zoo as zoo
 from microserve.router.chat_template import ChatTemplate
 from microserve.router.http import make_app
 from microserve.router.metrics import RouterMetrics
+from microserve.router.strategies.catalog import Catalog
+from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.versions import Versions
 from microserve.router.strategy import Chunk
 from microserve.router.text import TextModel
 from microserve.runtime.config import RouterConfig
@@ -98,6 +101,7 @@ class FakeCore:
     generations: list[FakeGeneration] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     metrics: RouterMetrics = field(default_factory=lambda: RouterMetrics(CollectorRegistry()))
+    versions: Versions = field(default_factory=lambda: Versions(data_parallel.configure(), Catalog.built_in))
 
     def models(self) -> list[ModelInfo]:
         size = text_model().vocab_size

@@ -26,7 +26,9 @@ from microserve.runtime.messages import (
     Generated,
     Layout,
     Load,
+    Meet,
     ModelInfo,
+    Ok,
     SamplingParams,
     StartGenerate,
     Tokens,
@@ -35,7 +37,7 @@ from microserve.runtime.messages import (
 from microserve.runtime.rpc import RpcServer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from microserve.router.dispatch import Generation
@@ -87,6 +89,10 @@ class ScriptedEngine:
         self.info = info
         self.calls: list[IncomingCall] = []
         self.cancelled: list[MicroserveError] = []
+        self.met: list[Meet] = []
+        """What the router said of other engines; always answered."""
+        self.answers: dict[type, Callable[[IncomingCall], object]] = {}
+        """How calls with a body of that type are answered at once."""
         self.refuse_with: MicroserveError | None = None
         self.bus = network.bus(Peer("engine", info.engine_id, info.epoch))
         self._network = network
@@ -105,10 +111,16 @@ class ScriptedEngine:
         return body
 
     def _handle(self, call: IncomingCall) -> None:
+        if isinstance(call.body, Meet):
+            self.met.append(call.body)
+            call.reply(Ok())
+            return
         self.calls.append(call)
         if self.refuse_with is not None:
             raise self.refuse_with
         call.on_cancel = lambda error: self._cancel(call, error)
+        if (answer := self.answers.get(type(call.body))) is not None:
+            answer(call)
 
     def _cancel(self, call: IncomingCall, error: MicroserveError) -> None:
         self.cancelled.append(error)

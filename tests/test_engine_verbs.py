@@ -17,6 +17,7 @@ from microserve.runtime.config import EngineConfig
 from microserve.runtime.errors import (
     Busy,
     Cancelled,
+    Conflict,
     ContextLengthExceeded,
     DeadlineExceeded,
     Draining,
@@ -199,7 +200,7 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
     async def work(bench: Bench) -> None:
         streams = [bench.stream([1], sub_id="a", max_tokens=1), bench.stream([2], sub_id="b", max_tokens=1, seed=-5)]
         await bench.network.settle()
-        seeds = [request.seed for _, request in bench.verbs._live.values()]
+        seeds = [request.seed for request in bench.verbs._live]
         assert seeds == [4711, -5]
         for stream in streams:
             await bench.finish(stream)
@@ -213,8 +214,8 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
         (generate([]), "prompt", "the prompt is empty"),
         (generate([1, 50]), "prompt", r"token id 50 is not in the vocabulary \(0 to 49\)"),
         (generate([1, -1]), "prompt", "token id -1"),
-        (generate([1, 2], begin=3), "begin", "between 0 and 2, not 3"),
-        (generate([1, 2], begin=-1), "begin", "not -1"),
+        (generate([1, 2], begin=3), "begin", "between -2 and 2, not 3"),
+        (generate([1, 2], begin=-3), "begin", "not -3"),
         (generate([1, 2], prior_output=3), "prior_output", "prior_output is 3, but the prompt has 2"),
         (generate([1], sub_id=""), "sub_id", "sub_id must not be empty"),
         (generate([1], logit_bias={50: 1.0}), "logit_bias", "token id 50"),
@@ -284,15 +285,18 @@ def test_begin_and_prior_output_may_reach_the_end_of_the_prompt() -> None:
     with_bench(work)
 
 
-def test_a_running_sub_id_is_refused_and_a_finished_one_is_free() -> None:
+def test_a_known_sub_id_is_a_conflict_and_a_refused_one_is_free() -> None:
     async def work(bench: Bench) -> None:
         first = bench.stream([1], max_tokens=3)
         await bench.turn()
-        error = await bench.refused(generate([2]))
-        assert isinstance(error, InvalidRequest)
-        assert error.param == "sub_id"
-        await bench.finish(first)
-        await bench.finish(bench.stream([2], max_tokens=1))
+        for _ in range(2):
+            error = await bench.refused(generate([1], max_tokens=3))
+            assert isinstance(error, Conflict)
+            assert error.param == "sub_id"
+            await bench.finish(first)
+        refused = generate([1] * 2000, sub_id="again")
+        assert isinstance(await bench.refused(refused), ContextLengthExceeded)
+        await bench.finish(bench.stream([2], sub_id="again", max_tokens=1))
 
     with_bench(work)
 
@@ -329,25 +333,25 @@ def test_abort_is_answered_at_once_and_frees_at_the_next_boundary(turns: int) ->
     with_bench(work)
 
 
-def test_outputs_of_an_aborted_call_do_not_reach_its_successor() -> None:
+def test_outputs_of_an_aborted_call_do_not_reach_another() -> None:
     async def work(bench: Bench) -> None:
         old = bench.stream([1, 2], max_tokens=100)
         await bench.network.settle()
         await bench.client.call(Abort(sub_id="s"))
-        new = bench.stream([3, 4], max_tokens=2)
+        new = bench.stream([3, 4], sub_id="t", max_tokens=2)
         assert await bench.finish(new) == bench.rig.expected(make_request([3, 4], max_tokens=2), 2)
         assert old.take() == []
 
     with_bench(work)
 
 
-def test_late_outputs_of_a_call_do_not_end_the_next_one_with_its_id() -> None:
+def test_late_outputs_of_a_call_change_nothing() -> None:
     async def work(bench: Bench) -> None:
         bench.stream([1, 2], max_tokens=100)
         await bench.network.settle()
-        _, old = bench.verbs._live["s"]
+        (old,) = bench.verbs._live
         await bench.client.call(Abort(sub_id="s"))
-        new = bench.stream([3, 4], max_tokens=2)
+        new = bench.stream([3, 4], sub_id="t", max_tokens=2)
         await bench.network.settle()
         # What a step had posted before the abort arrives now.
         usage = Usage(prompt_tokens=2, completion_tokens=1)

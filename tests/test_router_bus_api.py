@@ -112,7 +112,7 @@ def test_generate_with_ids_streams_tokens_and_finishes() -> None:
                 finish_reason="length",
                 usage=stream.reply.usage,  # type: ignore[union-attr]
                 request_id="mine",
-                strategy=world.core.program.version,
+                strategy=world.core.versions.default.version,
                 engine="a",
             )
 

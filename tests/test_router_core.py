@@ -10,6 +10,9 @@ from prometheus_client import CollectorRegistry
 from tests.router_support import CONTEXT, VOCABULARY, ScriptedEngine, World, engine_info, ids_of, read
 from tests.virtual_time import run_virtual
 
+from microserve.router.strategies.catalog import Catalog
+from microserve.router.strategy import Program
+from microserve.router.versions import Versions
 from microserve.router.core import RouterCore
 from microserve.router.dispatch import State
 from microserve.router.metrics import RouterMetrics
@@ -250,7 +253,8 @@ def test_a_changed_program_serves_the_next_request() -> None:
         async with World() as world:
             await world.add("a")
             old = world.generate()
-            world.core.program = type(world.core.program)(world.core.program.strategy, {}, "data_parallel@new")
+            program = world.core.versions.default
+            world.core.versions = Versions(Program(program.strategy, {}, "data_parallel@new"), Catalog.built_in)
             new = world.generate()
             assert old.strategy_version != new.strategy_version == "data_parallel@new"
             old.cancel()
@@ -268,7 +272,7 @@ def test_status_counts() -> None:
             await asyncio.sleep(2.5)
             status = world.core.status()
             assert (status.active_requests, status.queued_requests, status.requests_total) == (1, 1, 2)
-            assert (status.router, status.version, status.strategy) == ("r", "test", world.core.program.version)
+            assert (status.router, status.version, status.strategy) == ("r", "test", world.core.versions.default.version)
             assert status.uptime == pytest.approx(2.5)
             (engine,) = status.engines
             assert (engine.info.engine_id, engine.state, engine.charged) == ("a", "ready", 1)

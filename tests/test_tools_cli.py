@@ -27,7 +27,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])
     assert ended.value.code == 0
-    listed = re.findall(r"^  (\w+)  +\w", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+)  +\w", capsys.readouterr().out, re.MULTILINE)
     assert set(COMMANDS) <= set(listed)
 
 

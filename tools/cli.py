@@ -21,6 +21,10 @@ COMMANDS = {
     "up": "run a router and engines on this machine, supervised",
     "chat": "chat with a served model in the terminal",
     "status": "show a router and its engines",
+    "strategy": "see and change, live, what composes requests",
+    "config": "check configuration files, and show what they say",
+    "keys": "say who is let in on the bus",
+    "install-units": "install the systemd units",
 }
 EXIT_INTERRUPTED = 130
 
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in DAEMONS:
         become_daemon(arguments[0], arguments[1:])
     if arguments and arguments[0] in COMMANDS:
-        command = import_module(f"microserve.tools.{arguments[0]}")
+        command = import_module(f"microserve.tools.{arguments[0].replace('-', '_')}")
         try:
             return int(command.main(arguments[1:]))
         except KeyboardInterrupt:
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What `microserve --help` shows, and what refuses an unknown subcommand."""
-    listing = "\n".join(f"  {name:8} {text}" for name, text in {**COMMANDS, **DAEMONS}.items())
+    listing = "\n".join(f"  {name:13} {text}" for name, text in {**COMMANDS, **DAEMONS}.items())
     made = argparse.ArgumentParser(
         prog="microserve",
         description="Serve LLMs from engines that a programmable router composes.",

@@ -44,6 +44,16 @@ def add_router_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_key_option(parser: argparse.ArgumentParser) -> None:
+    """`--key-file`, for a bus that wants keys."""
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        default=os.environ.get("MICROSERVE_KEY_FILE") or None,
+        help="who we are, where the bus wants keys (default: $MICROSERVE_KEY_FILE)",
+    )
+
+
 @contextmanager
 def errors_told(command: str, endpoint: str) -> Iterator[None]:
     """Turn an expected error into one line on standard error and `CommandFailed`."""

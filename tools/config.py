@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tomllib
@@ -13,6 +12,7 @@ import msgspec
 
 from microserve.runtime.config import EngineConfig, RouterConfig, explain_config
 from microserve.runtime.errors import ConfigError
+from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _KINDS: dict[str, type[EngineConfig | RouterConfig]] = {"router": RouterConfig, 
 
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code: 2 when something is wrong with a configuration."""
-    parser = argparse.ArgumentParser(prog="microserve config", description="Look at configuration files.")
+    parser = command_parser("config", "Look at configuration files, before a daemon reads them.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="check | show")
     check = actions.add_parser("check", help="say whether files are valid, and what is wrong")
     check.add_argument("files", nargs="+", type=Path, metavar="FILE")

@@ -5,7 +5,6 @@ Installs again what changed and says what it did; a configuration file that exis
 
 from __future__ import annotations
 
-import argparse
 import os
 import pwd
 import subprocess
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ class Places:
 
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="microserve install-units", description=__doc__.split("\n", 1)[0])
+    parser = command_parser("install-units", "Install the systemd units, and commented examples of configuration.")
     parser.add_argument("--user", action="store_true", help="for your own service manager instead of the system's")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("--remove", action="store_true", help="take the units away; configuration stays")

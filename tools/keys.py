@@ -18,6 +18,7 @@ import msgspec
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.keys import AUTHORIZED_FILE, DAEMONS, ROLES, authorize, new_identity, read_authorized, revoke
 from microserve.runtime.zmq_bus import new_key_pair
+from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +42,7 @@ def main(argv: Sequence[str]) -> int:
                 if not revoke(folder, arguments.name):
                     print(f"microserve keys: error: {arguments.name!r} is not authorized in {folder}", file=sys.stderr)
                     return 1
-                print(
-                    f"{arguments.name} is let in no longer; daemons that read {folder / AUTHORIZED_FILE} end its sessions"
-                )
+                print(f"{arguments.name} is let in no longer; daemons that read {folder} end its sessions")
     except ConfigError as error:
         print(f"microserve keys: error: {error.message}", file=sys.stderr)
         return 2
@@ -56,9 +55,8 @@ def default_folder() -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="microserve keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("keys", __doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--folder", type=Path, default=None, metavar="DIR", help="the fleet's folder of keys")
     actions = parser.add_subparsers(dest="action", required=True, metavar="new | list | authorize | revoke")

@@ -14,6 +14,7 @@ import msgspec
 
 from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
 from microserve.kv.transfer.plan import check_pages, runs
+from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import Post
+    from microserve.runtime.clock import Clock
 
 Rules = set[tuple[str, str]]
 """Ways, each (from, to); "*" stands for any name."""
@@ -33,9 +35,12 @@ class LoopbackHub:
 
     A post over a way that is in `held` stays under way until `let_go`; in `failing`, it fails without having written
     anything; in `tearing`, it fails after the first half; in `mute`, it is written and never notified.
+    A page takes `seconds_per_page` of `clock`; what one engine pushes goes one after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds_per_page: float = 0.0, clock: Clock = monotonic) -> None:
+        self.seconds_per_page = seconds_per_page
+        self.clock = clock
         self.lock = threading.Lock()
         """Held while pages are copied: a transport that was closed is not written any more."""
         self.members: dict[str, LoopbackTransport] = {}
@@ -67,9 +72,12 @@ class LoopbackHub:
 class LoopbackPost:
     """One push."""
 
-    __slots__ = ("nbytes", "notification", "peer", "source", "status", "target")
+    __slots__ = ("due", "nbytes", "notification", "peer", "source", "status", "target")
 
-    def __init__(self, peer: str, source: PageArray, target: PageArray, notification: bytes, nbytes: int) -> None:
+    def __init__(
+        self, peer: str, source: PageArray, target: PageArray, notification: bytes, nbytes: int, due: float
+    ) -> None:
+        self.due = due
         self.peer = peer
         self.source = source
         self.target = target
@@ -106,6 +114,7 @@ class LoopbackTransport:
         self._peers: set[str] = set()
         self._inbox: deque[tuple[str, bytes]] = deque()
         self._posts: set[LoopbackPost] = set()
+        self._busy_until = 0.0
         with hub.lock:
             if me in hub.members:
                 raise ConfigError(f"there is a {me} in this process already")
@@ -114,6 +123,12 @@ class LoopbackTransport:
     @property
     def name(self) -> str:
         return "loopback"
+
+    @property
+    def due(self) -> float | None:
+        """When the first of the posts under way may be over; None without any."""
+        active = [post.due for post in self._posts if post.status.state is PostState.ACTIVE]
+        return min(active, default=None)
 
     def metadata(self) -> bytes:
         return msgspec.msgpack.encode(_Metadata(self.me, self.memory.page_bytes))
@@ -150,7 +165,10 @@ class LoopbackTransport:
             return f"{peer} is gone"
         if error := check_pages(source, target, self.memory.total_pages, total):
             return error
-        made = LoopbackPost(peer, source, target, notification, len(source) * self.memory.page_bytes)
+        hub, count = self._hub, len(source)
+        if hub.seconds_per_page:
+            self._busy_until = max(hub.clock(), self._busy_until) + count * hub.seconds_per_page
+        made = LoopbackPost(peer, source, target, notification, count * self.memory.page_bytes, self._busy_until)
         self._posts.add(made)
         return made
 
@@ -190,7 +208,7 @@ class LoopbackTransport:
             other = hub.members.get(peer)
             if other is None:
                 return PostStatus(PostState.FAILED, f"{peer} is gone")
-            if hub.applies(hub.held, self.me, peer):
+            if hub.applies(hub.held, self.me, peer) or (post.due and hub.clock() < post.due):
                 return _ACTIVE
             if hub.applies(hub.failing, self.me, peer):
                 return PostStatus(PostState.FAILED, "the link was told to fail")

@@ -1,57 +1,59 @@
-"""The transport of engines: NIXL over UCX. One-sided writes from our pool into a peer's, on a host and between hosts.
+"""Pushes over NIXL and UCX: NVLink, RDMA, shared memory or TCP, whatever UCX finds. The only module that imports nixl.
 
-The only module that imports nixl. What NIXL does that one has to know (version 1.5.1):
-
-* On shared memory a post copies inside the call. The completion is notified to the peer when *we* poll.
-* A dead peer raises from `transfer` or `check_xfer_state`; a stopped one leaves a transfer in progress for ever.
-  A released transfer is not a stopped one, so a post is released only after it is done or has failed.
-* Empty descriptor lists are errors; metadata that changed under a known agent name is refused, so the name holds the
-  epoch; the agent is not thread-safe; its progress thread spins, so we poll instead.
-* It listens on every interface unless `UCX_NET_DEVICES` says otherwise, and its metadata grants writes to all that is
-  registered: it travels on authenticated sessions alone.
+UCX is set up by environment variables that it reads when it is loaded; what is not set by us is the operator's.
+Nothing happens behind our back: no thread of NIXL's runs, so transfers go on, notifications go out and peers are
+answered only within `poll` and `arrivals`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
+import logging
 import os
+import socket
 import threading
-import time
-from collections import deque
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 import numpy as np
 
-from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
-from microserve.kv.transfer.plan import descriptors, runs
-from microserve.runtime.errors import ConfigError
+from microserve.kv.transfer.base import LinkReport, PostState, PostStatus
+from microserve.kv.transfer.plan import check_pages, descriptors, runs
+from microserve.kv.transfer.ucx_journal import UcxJournal
+from microserve.runtime.clock import monotonic
+from microserve.runtime.errors import TransferFailed
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
+    from microserve.kv.transfer.base import KvMemory, Post
+    from microserve.kv.transfer.plan import DescriptorArray
+    from microserve.runtime.clock import Clock
 
-_CONNECT_TIMEOUT = 5.0
-"""Seconds that a peer gets to answer the first push."""
-_PROBES = 3
-_HOST_PROBE_BYTES = 8 << 20
-_DEVICE_PROBE_BYTES = 64 << 20
-_POLL = 20e-6
+_WARM_BYTES: Final = 4096
+_MEASURED: Final = 2
+"""Measured pushes of a probe; the best counts. The first still finds cold caches."""
+_SCRATCH: Final = {"DRAM": 4 << 20, "VRAM": 32 << 20}
+"""Bytes of each half of the scratch area: one that our probes read, one that the probes of peers write."""
+_PROBED: Final = {"DRAM": 1, "VRAM": 8}
+"""How often a measured push writes the scratch half: enough that a GPU's latency does not count."""
+_PROBE: Final = b"microserve probe"
+"""The notification of probes; `arrivals` shows it empty."""
 
 _log = get_logger(__name__)
 
 
-class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
-    """What a peer needs to write into our pool, and to probe the way."""
+class _Metadata(msgspec.Struct, frozen=True):
+    """What a peer is told of us. `host` says whether we share a machine."""
 
     agent: bytes
     host: str
+    segment: str
+    device: int
     address: int
     page_bytes: int
     total_pages: int
-    kind: str
-    device: int
     scratch: int
     scratch_bytes: int
 
@@ -59,258 +61,359 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
 class NixlPost:
     """One push."""
 
-    __slots__ = ("handle", "nbytes", "peer", "status")
+    __slots__ = ("error", "handle", "nbytes", "peer")
 
-    def __init__(self, peer: str, handle: Any, nbytes: int, status: PostStatus) -> None:
+    def __init__(self, peer: str, handle: Any, nbytes: int) -> None:
         self.peer = peer
         self.handle = handle
         self.nbytes = nbytes
-        self.status = status
+        self.error = ""
+        """Why it counts as failed although UCX may still work on it."""
 
 
 class NixlTransport:
-    """Implements `base.Transport`. A push to ourselves is a copy within the pool."""
+    """Implements `Transport`. One agent, with the pool and a scratch area registered.
 
-    name = "nixl"
+    The agent bears our incarnation's name, `me`: peers refuse metadata that changes under a name. `devices` is
+    UCX_NET_DEVICES: the network devices that may be used; "lo" keeps to this host.
+    """
 
-    def __init__(self, me: str, memory: KvMemory, *, devices: str) -> None:
-        """`devices` are those that UCX may use (`UCX_NET_DEVICES`). Raises `ConfigError` when NIXL cannot start."""
+    def __init__(
+        self,
+        memory: KvMemory,
+        me: str,
+        *,
+        devices: str = "lo",
+        connect_limit: float = 5.0,
+        clock: Clock = monotonic,
+    ) -> None:
+        """`connect_limit`: seconds that a peer may take to answer a probe.
+
+        Raises `TransferFailed` when NIXL is missing or does not start.
+        """
         self.me = me
-        self.memory = memory
-        self._peers: dict[str, _Metadata] = {}
-        self._own: deque[tuple[str, bytes]] = deque()
-        self._lost: list[Any] = []
-        """Transfers that nobody waits for and that have not ended: they must not be released."""
+        self._memory = memory
+        self._clock = clock
+        self._connect_limit = connect_limit
+        self._segment = "VRAM" if memory.device.startswith("cuda") else "DRAM"
+        self._device = int(memory.device.partition(":")[2] or 0) if self._segment == "VRAM" else 0
         self._thread = 0
-        kind, _, number = memory.device.partition(":")
-        self._kind = "VRAM" if kind == "cuda" else "DRAM"
-        self._device = int(number or 0)
-        self._agent = _open_agent(me, devices)
-        self._scratch, scratch, size = _scratch(memory)
-        regions = [(memory.address, memory.page_bytes * memory.total_pages, self._device, "")]
-        regions.append((scratch, size, self._device, ""))
+        """The thread that has the device's context."""
+        self._peers: dict[str, _Metadata] = {}
+        self._left: list[NixlPost] = []
+        """Posts that count as failed and that UCX still works on."""
+        self._closed = False
+        self._journal = _journal()
+        size = _SCRATCH[self._segment]
+        self._scratch, self._scratch_owner = _allocate(2 * size, memory.device)
+        os.environ["UCX_NET_DEVICES"] = devices
         try:
-            self._registered = self._agent.register_memory(regions, self._kind)
-        except Exception as error:  # its errors have no common base
-            raise ConfigError(f"the KV pool cannot be registered with NIXL: {error!r}") from error
+            self._agent = _open_agent(me)
+            areas = [(memory.address, memory.page_bytes * memory.total_pages), (self._scratch, 2 * size)]
+            listed = [(address, length, self._device, "") for address, length in areas]
+            self._registered = self._agent.register_memory(self._agent.get_reg_descs(listed, self._segment))
+            agent_metadata: bytes = self._agent.get_agent_metadata()
+        except ImportError as error:
+            raise TransferFailed(f"NIXL is not installed here: {error}") from error
+        except Exception as error:  # its errors have no base of their own
+            raise TransferFailed(f"NIXL does not start: {error!r}; {'; '.join(self._journal.read())}") from error
+        finally:
+            self._journal.settled()
         self._metadata = _Metadata(
-            agent=self._agent.get_agent_metadata(),
-            host=host_id(),
+            agent=agent_metadata,
+            host=_host(),
+            segment=self._segment,
+            device=self._device,
             address=memory.address,
             page_bytes=memory.page_bytes,
             total_pages=memory.total_pages,
-            kind=self._kind,
-            device=self._device,
-            scratch=scratch,
+            scratch=self._scratch + size,
             scratch_bytes=size,
         )
+
+    @property
+    def name(self) -> str:
+        return "nixl"
 
     def metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._metadata)
 
-    def connect(self, peer: str, metadata: bytes) -> LinkReport:
-        self._enter()
-        if peer == self.me:
-            return LinkReport("local")
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    def connect(self, peer: str, metadata: bytes) -> _Probe:
+        self._bind()
+        return _Probe(self, peer, self._introduce(peer, metadata), self._connect_limit, self._clock)
+
+    def _introduce(self, peer: str, metadata: bytes) -> str:
+        """Makes `peer` known to the agent. Why it cannot be reached; empty when it may."""
         try:
             theirs = msgspec.msgpack.decode(metadata, type=_Metadata)
-        except msgspec.DecodeError as error:
-            return LinkReport("", error=f"its metadata makes no sense: {error}")
-        if theirs.page_bytes != self.memory.page_bytes:
-            return LinkReport("", error=f"its pages have {theirs.page_bytes} bytes, ours {self.memory.page_bytes}")
-        try:
-            if peer not in self._peers:
-                named = self._agent.add_remote_agent(theirs.agent)
-                if (named.decode() if isinstance(named, bytes) else named) != peer:
-                    return LinkReport("", error=f"its metadata is {named!r}'s")
-                self._peers[peer] = theirs
-            seconds = self._probe(peer, theirs)
-        except Exception as error:  # as above: whatever it is, the peer cannot be reached
-            self.disconnect(peer)
-            return LinkReport("", error=f"it cannot be reached over NIXL: {error!r}")
-        if seconds is None:
-            self.disconnect(peer)
-            return LinkReport("", error=f"it did not answer within {_CONNECT_TIMEOUT:g} s")
-        rate = min(self._metadata.scratch_bytes, theirs.scratch_bytes) / seconds / 1e9
-        return LinkReport(self._link_kind(theirs), rate)
+        except msgspec.MsgspecError as error:
+            return f"the metadata of {peer} makes no sense: {error}"
+        ours = self._metadata
+        if theirs.page_bytes != ours.page_bytes:
+            return f"{peer} has pages of {theirs.page_bytes} bytes, we of {ours.page_bytes}"
+        if peer != self.me:
+            try:
+                found = self._agent.add_remote_agent(theirs.agent)
+            except Exception as error:  # its errors have no base of their own
+                return f"NIXL does not take the metadata of {peer}: {error!r}"
+            if (named := found.decode() if isinstance(found, bytes) else found) != peer:
+                self._forget_agent(named)
+                return f"the metadata is that of {named}, not of {peer}"
+        self._peers[peer] = theirs
+        return ""
 
     def disconnect(self, peer: str) -> None:
-        if self._peers.pop(peer, None) is not None:
-            with contextlib.suppress(Exception):  # it may be gone already, in more than one way
-                self._agent.remove_remote_agent(peer)
+        if self._peers.pop(peer, None) is not None and peer != self.me:
+            self._forget_agent(peer)
+
+    def _forget_agent(self, peer: str) -> None:
+        try:
+            self._agent.remove_remote_agent(peer)
+        except Exception as error:  # its errors have no base of their own
+            _log.debug("NIXL did not forget a peer", peer=peer, error=repr(error))
+        self._tell_warnings()
+
+    def probe(self, peer: str, *, warm: bool) -> NixlPost | str:
+        """Starts to push our scratch area into the peer's."""
+        theirs = self._peers[peer]
+        size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
+        size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
+        zeros, sizes = np.zeros(times, dtype=np.int64), np.ones(times, dtype=np.int64)
+        here = descriptors(zeros, sizes, self._scratch, size, self._device)
+        there = descriptors(zeros, sizes, theirs.scratch, size, theirs.device)
+        return self._post(peer, here, there, theirs.segment, _PROBE)
+
+    def kind(self, peer: str) -> str:
+        """What carries pages to `peer`: as UCX says; where it does not, as it must be."""
+        self._tell_warnings()
+        near = self._peers[peer].host == self._metadata.host
+        relation = "self" if peer == self.me else "intra-node" if near else "inter-node"
+        memory = "cuda" if self._segment == "VRAM" else "host"
+        return self._journal.kind(self.me, relation, memory) or _likely_kind(near, memory, self.me == peer)
+
+    def _tell_warnings(self) -> None:
+        for warning in self._journal.read():
+            _log.warning("UCX warns", every=1.0, warning=warning)
+
+    # --- pushes ------------------------------------------------------------------------------------------------------
 
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> NixlPost | str:
-        self._enter()
-        if len(source) == 0 or len(source) != len(target):
-            return f"{len(source)} pages cannot go into {len(target)}"
-        nbytes = len(source) * self.memory.page_bytes
-        if peer == self.me:
-            self._copy(source, target)
-            self._own.append((self.me, notification))
-            return NixlPost(peer, None, nbytes, PostStatus(PostState.DONE))
-        theirs = self._peers.get(peer)
+        self._bind()
+        theirs = self._metadata if peer == self.me else self._peers.get(peer)
         if theirs is None:
             return f"{peer} is not connected"
-        if int(target.max()) >= theirs.total_pages or int(target.min()) < 0:
-            return f"{peer} has {theirs.total_pages} pages; a page outside of them was named"
-        here, there = descriptors(runs(source, target), self.memory.address, theirs.address, self.memory.page_bytes)
+        ours = self._metadata
+        if error := check_pages(source, target, ours.total_pages, theirs.total_pages):
+            return error
+        found = runs(source, target)
+        here = descriptors(found[:, 0], found[:, 2], ours.address, ours.page_bytes, ours.device)
+        there = descriptors(found[:, 1], found[:, 2], theirs.address, theirs.page_bytes, theirs.device)
+        return self._post(peer, here, there, theirs.segment, notification)
+
+    def _post(
+        self, peer: str, here: DescriptorArray, there: DescriptorArray, segment: str, notification: bytes
+    ) -> NixlPost | str:
+        agent = self._agent
         try:
-            return self._start(peer, theirs, here, there, notification, nbytes)
-        except Exception as error:  # a dead peer raises here, and its errors have no common base
-            return f"the push could not begin: {error!r}"
+            handle = agent.initialize_xfer(
+                "WRITE",
+                agent.get_xfer_descs(here, self._segment),
+                agent.get_xfer_descs(there, segment),
+                peer,
+                notification,
+            )
+        except Exception as error:  # its errors have no base of their own
+            return _describe(peer, error)
+        made = NixlPost(peer, handle, int(here[:, 1].sum()))
+        try:
+            state = agent.transfer(handle)
+        except Exception as error:  # as above: the connection is broken, or the peer is dead
+            made.error = _describe(peer, error)
+        else:
+            if state != "ERR":
+                return made
+            made.error = f"UCX could not begin to push to {peer}"
+        self.release(made)
+        self._tell_warnings()
+        return made.error
 
-    def poll(self, post: NixlPost) -> PostStatus:  # type: ignore[override, unused-ignore]
-        if post.status.state is PostState.ACTIVE:
-            post.status = self._look(post.handle)
-        return post.status
+    def poll(self, post: Post) -> PostStatus:
+        self._bind()
+        ours = cast("NixlPost", post)
+        if ours.error:
+            return PostStatus(PostState.FAILED, ours.error)
+        if ours.peer not in self._peers and ours.peer != self.me:
+            ours.error = f"{ours.peer} was disconnected"
+            return PostStatus(PostState.FAILED, ours.error)
+        state, error = self._state(ours)
+        if state == "PROC":
+            return PostStatus(PostState.ACTIVE)
+        if state == "DONE":
+            return PostStatus(PostState.DONE)
+        ours.error = error or f"UCX could not push to {ours.peer}"
+        self._tell_warnings()
+        return PostStatus(PostState.FAILED, ours.error)
 
-    def release(self, post: NixlPost) -> None:  # type: ignore[override, unused-ignore]
-        if post.handle is not None:
-            with contextlib.suppress(Exception):  # of a transfer to a dead peer nothing is left to free
-                self._agent.release_xfer_handle(post.handle)
-            post.handle = None
+    def _state(self, post: NixlPost) -> tuple[str, str]:
+        try:
+            return str(self._agent.check_xfer_state(post.handle)), ""
+        except Exception as error:  # its errors have no base of their own
+            return "ERR", _describe(post.peer, error)
+
+    def release(self, post: Post) -> None:
+        ours = cast("NixlPost", post)
+        if self._state(ours)[0] == "PROC":
+            # Released now, it would go on all the same, and NIXL would wait for it in here.
+            self._left.append(ours)
+            return
+        try:
+            self._agent.release_xfer_handle(ours.handle)
+        except Exception as error:  # its errors have no base of their own; there is nothing left to lose
+            _log.debug("NIXL did not release a transfer", peer=ours.peer, error=repr(error))
 
     def arrivals(self) -> list[tuple[str, bytes]]:
-        self._enter()
-        found = list(self._own)
-        self._own.clear()
-        try:
-            notified: dict[Any, list[bytes]] = self._agent.get_new_notifs()
-        except Exception as error:  # whatever it is, later looks may be better
-            _log.warning("notifications cannot be read", every=10.0, error=repr(error))
-            return found
-        for name, messages in notified.items():
-            peer = name.decode() if isinstance(name, bytes) else name
-            found.extend((peer, message) for message in messages if message != _PROBE)
-        return found
+        self._bind()
+        for post in tuple(self._left):
+            if self._state(post)[0] != "PROC":
+                self._left.remove(post)
+                self.release(post)
+        found: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return [
+            (peer, b"" if notification == _PROBE else notification)
+            for peer, notifications in found.items()
+            for notification in notifications
+        ]
 
-    def close(self) -> None:
-        for peer in list(self._peers):
-            self.disconnect(peer)
-        if self._registered is not None:
-            with contextlib.suppress(Exception):  # the process ends anyway
-                self._agent.deregister_memory(self._registered)
-            self._registered = None
+    # --- the rest ----------------------------------------------------------------------------------------------------
 
-    # --- inner -------------------------------------------------------------------------------------------------------
-
-    def _enter(self) -> None:
-        """CUDA's current device belongs to the thread."""
-        if self._kind == "VRAM" and self._thread != threading.get_ident():
+    def _bind(self) -> None:
+        """CUDA knows a device by what is current in a thread; UCX needs it to be ours."""
+        if self._segment == "VRAM" and self._thread != threading.get_ident():
             import torch
 
             torch.cuda.set_device(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
             self._thread = threading.get_ident()
 
-    def _start(
-        self, peer: str, theirs: _Metadata, here: np.ndarray, there: np.ndarray, notification: bytes, nbytes: int
-    ) -> NixlPost:
-        local = self._agent.get_xfer_descs(_with_device(here, self._device), self._kind)
-        remote = self._agent.get_xfer_descs(_with_device(there, theirs.device), theirs.kind)
-        handle = self._agent.initialize_xfer("WRITE", local, remote, peer, notification)
-        state = self._agent.transfer(handle)
-        return NixlPost(peer, handle, nbytes, _status(state))
-
-    def _look(self, handle: Any) -> PostStatus:
-        try:
-            return _status(self._agent.check_xfer_state(handle))
-        except Exception as error:  # a dead peer raises here
-            return PostStatus(PostState.FAILED, f"the push failed: {error!r}")
-
-    def _probe(self, peer: str, theirs: _Metadata) -> float | None:
-        """Warms the way, then the seconds of the fastest of a few pushes between scratch areas; None: no answer."""
-        size = min(self._metadata.scratch_bytes, theirs.scratch_bytes)
-        here = np.array([[self._metadata.scratch, size]], dtype=np.int64)
-        there = np.array([[theirs.scratch, size]], dtype=np.int64)
-        best = None
-        until = time.monotonic() + _CONNECT_TIMEOUT
-        for attempt in range(1 + _PROBES):
-            began = time.monotonic()
-            post = self._start(peer, theirs, here, there, _PROBE, size)
-            while self.poll(post).state is PostState.ACTIVE:
-                if time.monotonic() > until:
-                    self._lost.append(post.handle)
-                    return None
-                time.sleep(_POLL)
-            seconds = time.monotonic() - began
-            self.release(post)
-            if post.status.state is PostState.FAILED:
-                raise RuntimeError(post.status.error)
-            if attempt and (best is None or seconds < best):
-                best = seconds
-        return best
-
-    def _copy(self, source: PageArray, target: PageArray) -> None:
-        memory = self.memory
-        if self._kind == "VRAM":
-            import torch
-
-            # The pool itself: `owner` is its tensor, pages first.
-            pool: Any = memory.owner
-            index = torch.from_numpy(np.ascontiguousarray(source, dtype=np.int64)).to(pool.device)
-            where = torch.from_numpy(np.ascontiguousarray(target, dtype=np.int64)).to(pool.device)
-            pool.index_copy_(0, where, pool.index_select(0, index))
-            torch.cuda.current_stream(pool.device).synchronize()
+    def close(self) -> None:
+        if self._closed:
             return
-        size = memory.page_bytes
-        for first, second, count in runs(source, target).tolist():
-            ctypes.memmove(memory.address + second * size, memory.address + first * size, count * size)
-
-    def _link_kind(self, theirs: _Metadata) -> str:
-        """What UCX uses for large writes, as its own rules have it: it does not say."""
-        allowed = os.environ.get("UCX_TLS", "all")
-        only_tcp = allowed == "tcp" or set(allowed.split(",")) <= {"tcp", "self", "cuda_copy"}
-        if theirs.host == self._metadata.host and not only_tcp:
-            return "cuda_ipc" if "VRAM" in (self._kind, theirs.kind) else "shm"
-        devices = os.environ.get("UCX_NET_DEVICES", "all")
-        fabric = any(part.startswith(("mlx", "bnxt_re", "efa", "irdma")) for part in devices.split(","))
-        return "tcp" if only_tcp or not fabric else "rdma"
+        self._closed = True
+        self._bind()
+        for peer in list(self._peers):
+            self.disconnect(peer)
+        try:
+            self._agent.deregister_memory(self._registered)
+        except Exception as error:  # its errors have no base of their own; the process goes on without it
+            _log.debug("NIXL did not let go of the pool", error=repr(error))
+        self._left.clear()
+        del self._agent
+        self._tell_warnings()
 
 
-_PROBE = b"probe"
+class _Probe:
+    """A connection that is being made: one small push opens and warms it, the next ones are measured."""
+
+    def __init__(self, transport: NixlTransport, peer: str, error: str, limit: float, clock: Clock) -> None:
+        self._transport = transport
+        self._peer = peer
+        self._clock = clock
+        self._limit = limit
+        self._until = clock() + limit
+        self._left = 1 + _MEASURED
+        self._best = 0.0
+        self._post: NixlPost | None = None
+        self._began = 0.0
+        self._error = error
+
+    def poll(self) -> LinkReport | None:
+        while not self._error:
+            if self._post is None:
+                if not self._left:
+                    return LinkReport(self._transport.kind(self._peer), self._best)
+                self._begin()
+                continue
+            status = self._transport.poll(self._post)
+            if status.state is PostState.ACTIVE:
+                if self._clock() <= self._until:
+                    return None
+                self._error = f"{self._peer} did not answer within {self._limit:g} s"
+            self._end(status)
+        return LinkReport("", error=self._error)
+
+    def _begin(self) -> None:
+        self._began = self._clock()
+        made = self._transport.probe(self._peer, warm=self._left > _MEASURED)
+        if isinstance(made, str):
+            self._error = made
+        else:
+            self._post = made
+
+    def _end(self, status: PostStatus) -> None:
+        post, self._post = self._post, None
+        if post is None:
+            return
+        if status.state is PostState.FAILED:
+            self._error = status.error
+        elif self._left <= _MEASURED and (seconds := self._clock() - self._began) > 0:
+            self._best = max(self._best, post.nbytes / seconds / 1e9)
+        self._left -= 1
+        self._transport.release(post)
 
 
-def host_id() -> str:
-    """What tells one running host from another: the id of this boot."""
+@functools.cache
+def _journal() -> UcxJournal:
+    """UCX has one log in a process, however many agents there are."""
+    return UcxJournal()
+
+
+def _open_agent(name: str) -> Any:
+    """An agent with UCX alone and no thread. Raises whatever NIXL raises, and `ImportError`."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")  # what goes wrong is a value here, and is told by us
+    raise_exceptions = logging.raiseExceptions
+    import nixl_cu13 as nixl
+
+    # It sets up logging to standard output while it is imported, and turns off complaints for everybody.
+    logging.raiseExceptions = raise_exceptions
+    logger = logging.getLogger("nixl")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
+    return nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+
+
+def _allocate(size: int, device: str) -> tuple[int, object]:
+    """`size` bytes that were touched, on `device`: their address, and what keeps them alive."""
+    if device == "cpu":
+        made = np.full(size, 1, dtype=np.uint8)
+        return made.ctypes.data, made
+    import torch
+
+    tensor = torch.ones(size, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    return tensor.data_ptr(), tensor
+
+
+def _host() -> str:
+    """This machine, as long as it runs."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return ""
+        return socket.gethostname()
 
 
-def _open_agent(me: str, devices: str) -> Any:
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
-    os.environ.setdefault("UCX_LOG_LEVEL", "error")
-    os.environ.setdefault("UCX_NET_DEVICES", devices)
-    try:
-        from nixl_cu13._api import nixl_agent, nixl_agent_config
-    except ImportError as error:
-        raise ConfigError(f"transport nixl needs the package nixl-cu13: {error}") from error
-    try:
-        return nixl_agent(me, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
-    except Exception as error:  # its errors have no common base
-        raise ConfigError(f"NIXL cannot start: {error!r}") from error
+def _likely_kind(near: bool, memory: str, ourselves: bool) -> str:
+    """What UCX would choose, where its own word cannot be had."""
+    allowed = os.environ.get("UCX_TLS", "all")
+    if allowed == "tcp":
+        return "tcp"
+    if near or ourselves:
+        return "cuda_ipc" if memory == "cuda" else "shm"
+    # Devices of RDMA are named with their port, "mlx5_0:1"; interfaces of the kernel are not.
+    return "rdma" if ":" in os.environ.get("UCX_NET_DEVICES", "") else "tcp"
 
 
-def _scratch(memory: KvMemory) -> tuple[object, int, int]:
-    """An area that peers may write to at any time: (its owner, address, bytes)."""
-    if memory.device.startswith("cuda"):
-        import torch
-
-        tensor = torch.zeros(_DEVICE_PROBE_BYTES, dtype=torch.uint8, device=memory.device)
-        return tensor, tensor.data_ptr(), _DEVICE_PROBE_BYTES
-    area = np.zeros(_HOST_PROBE_BYTES, dtype=np.uint8)
-    return area, area.ctypes.data, _HOST_PROBE_BYTES
-
-
-def _with_device(parts: np.ndarray, device: int) -> np.ndarray:
-    return np.concatenate((parts, np.full((len(parts), 1), device, dtype=parts.dtype)), axis=1)
-
-
-def _status(state: str) -> PostStatus:
-    if state == "DONE":
-        return PostStatus(PostState.DONE)
-    if state == "PROC":
-        return PostStatus(PostState.ACTIVE)
-    return PostStatus(PostState.FAILED, "NIXL reports an error")
+def _describe(peer: str, error: Exception) -> str:
+    return f"pushing to {peer}: {type(error).__name__.removeprefix('nixl')}: {error}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import traceback
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,13 @@ class Catalog:
 
     strategies: Mapping[str, Strategy]
     problems: tuple[Problem, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each comes from: "built in", an entry point, or a file."""
+
+    @classmethod
+    def built_in(cls) -> Catalog:
+        """What comes with microserve, alone."""
+        return load_catalog(None, entry_points=())
 
     def get(self, name: str) -> Strategy:
         """The strategy `name`. Raises `ConfigError` that says which there are, and what failed to load."""
@@ -64,6 +71,7 @@ def load_catalog(
     """Everything that can be found now. Later sources replace earlier ones of the same name: folder over entry point
     over built in. Raises `ConfigError` only when `folder` itself cannot be read."""
     strategies = {each.name: each for each in built_in}
+    sources = dict.fromkeys(strategies, "built in")
     problems: list[Problem] = []
     for point in metadata.entry_points(group=ENTRY_POINTS) if entry_points is None else entry_points:
         found = _from_entry_point(point)
@@ -71,6 +79,7 @@ def load_catalog(
             problems.append(found)
         else:
             strategies[found.name] = found
+            sources[found.name] = f"entry point {point.value}"
     if folder is not None:
         if not folder.is_dir():
             raise ConfigError(f"strategy folder {folder} is not a folder")
@@ -82,7 +91,8 @@ def load_catalog(
                 problems.append(loaded)
             else:
                 strategies.update((each.name, each) for each in loaded)
-    return Catalog(strategies, tuple(problems))
+                sources.update((each.name, str(path)) for each in loaded)
+    return Catalog(strategies, tuple(problems), sources)
 
 
 def load_file(path: Path) -> list[Strategy] | Problem:

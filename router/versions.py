@@ -1,0 +1,262 @@
+"""Which program serves which request: versions by model and by share of traffic, their history, and the way back.
+
+Requests in flight keep the program that they began with; a change is about the next request. Every change can be rolled
+back. With a folder, what serves is kept across restarts.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microserve.runtime.errors import ConfigError, InvalidRequest, NotFound
+from microserve.runtime.log import get_logger
+from microserve.runtime.messages import (
+    ActiveStrategy,
+    SettingInfo,
+    Strategies,
+    StrategyChange,
+    StrategyInfo,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from microserve.router.strategies.catalog import Catalog
+    from microserve.router.strategy import Program, Strategy
+
+EVERY = ""
+"""The model name that stands for every model without versions of its own."""
+
+_HISTORY = 100
+_STORE_FORMAT = 1
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A version and the share of a model's traffic that it serves."""
+
+    program: Program
+    share: float
+    since: float
+    """Unix time, seconds."""
+
+
+Lanes = tuple[Lane, ...]
+"""Of one model; the shares add up to 1. The last one is the newcomer, if there are two."""
+
+
+class _Stored(msgspec.Struct, forbid_unknown_fields=True):
+    """What is kept across restarts."""
+
+    format: int
+    active: list[ActiveStrategy]
+
+
+class Versions:
+    """What serves, per model. `catalog` reads the sources of strategies again, each time it is called."""
+
+    def __init__(
+        self,
+        configured: Program,
+        catalog: Callable[[], Catalog],
+        *,
+        store: Path | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`configured` serves until something else is set, or was set before the last restart and is in `store`."""
+        self._catalog = catalog
+        self._store = store
+        self._now = now
+        self._lanes: dict[str, Lanes] = {EVERY: (Lane(configured, 1.0, now()),)}
+        self._before: list[tuple[int, str, Lanes | None]] = []
+        """What served a model before each change that was not rolled back: (number, model, lanes)."""
+        self._history: deque[StrategyChange] = deque(maxlen=_HISTORY)
+        self._number = 0
+        self._record(EVERY, "configured")
+        if store is not None and store.exists():
+            self._restore(store)
+
+    # --- serving -----------------------------------------------------------------------------------------------------
+
+    def choose(self, model: str, request_id: str) -> Program:
+        """The program for a request. The same request id goes the same way on every router that is set alike."""
+        lanes = self._lanes.get(model) or self._lanes[EVERY]
+        if len(lanes) == 1:
+            return lanes[0].program
+        place = zlib.crc32(request_id.encode()) / 2**32
+        newcomer = lanes[-1]
+        return newcomer.program if place < newcomer.share else lanes[0].program
+
+    @property
+    def default(self) -> Program:
+        """What serves most of the requests for models without versions of their own."""
+        return max(self._lanes[EVERY], key=lambda lane: lane.share).program
+
+    def active_versions(self) -> set[str]:
+        """Every version that may be given to a request now."""
+        return {lane.program.version for lanes in self._lanes.values() for lane in lanes}
+
+    # --- changing ----------------------------------------------------------------------------------------------------
+
+    def set(
+        self,
+        name: str,
+        settings: Mapping[str, object],
+        *,
+        model: str = EVERY,
+        share: float = 1.0,
+        dry_run: bool = False,
+    ) -> list[ActiveStrategy]:
+        """Serves `share` of a model's next requests by strategy `name`; what would serve, or does now.
+
+        With a `share` below 1, the rest stays with what serves most of them now. Sources are read again. Raises
+        `InvalidRequest` and changes nothing: no such strategy, a setting that is wrong, a source that is broken.
+        """
+        if not 0.0 < share <= 1.0:
+            raise InvalidRequest(f"share lies above 0 and at most at 1, not {share}", param="share")
+        try:
+            program = self._catalog().get(name).configure(settings)
+        except ConfigError as error:
+            raise InvalidRequest(error.message, param="name") from error
+        lane = Lane(program, share, self._now())
+        lanes: Lanes = (lane,)
+        if share < 1.0:
+            present = self._lanes.get(model) or self._lanes[EVERY]
+            base = max(present, key=lambda each: each.share)
+            if base.program.version == program.version:
+                raise InvalidRequest(f"{program.version} serves most of the traffic already", param="share")
+            lanes = (Lane(base.program, 1.0 - share, base.since), lane)
+        if not dry_run:
+            self._change(model, lanes, f"set {program.version}" + (f" for {share:.0%}" if share < 1.0 else ""))
+        return _shown(model, lanes)
+
+    def roll_back(self, *, model: str = EVERY, number: int | None = None) -> list[ActiveStrategy]:
+        """Back to what served `model` before its last change, or before change `number`. Raises `NotFound`."""
+        own = [entry for entry in self._before if entry[1] == model]
+        if number is not None:
+            own = [entry for entry in own if entry[0] >= number]
+            if not own or own[0][0] != number:
+                raise NotFound(
+                    f"change {number} is none of {_named(model)}, or was rolled back already", param="number"
+                )
+        elif own:
+            own = own[-1:]
+        else:
+            raise NotFound(f"nothing was changed for {_named(model)} that could be rolled back", param="model")
+        lanes = own[0][2]
+        undone = {entry[0] for entry in own}
+        self._before = [entry for entry in self._before if entry[0] not in undone]
+        if lanes is None:
+            del self._lanes[model]
+        else:
+            self._lanes[model] = lanes
+        self._record(model, f"rolled back change {own[0][0]}")
+        self._save()
+        return _shown(model, self._lanes.get(model) or self._lanes[EVERY])
+
+    def _change(self, model: str, lanes: Lanes, reason: str) -> None:
+        before = self._lanes.get(model)
+        self._lanes[model] = lanes
+        self._record(model, reason)
+        self._before.append((self._number, model, before))
+        del self._before[:-_HISTORY]
+        self._save()
+
+    def _record(self, model: str, reason: str) -> None:
+        self._number += 1
+        active = _shown(model, self._lanes.get(model) or self._lanes[EVERY])
+        change = StrategyChange(number=self._number, at=self._now(), model=model, active=active, reason=reason)
+        self._history.appendleft(change)
+        versions = ", ".join(f"{each.version} ({each.share:.0%})" for each in active)
+        _log.info("strategy", model=model or "*", serves=versions, reason=reason, change=self._number)
+
+    # --- looking at it -----------------------------------------------------------------------------------------------
+
+    def show(self) -> Strategies:
+        """What can be chosen, what serves, what was. Sources are read again."""
+        catalog = self._catalog()
+        return Strategies(
+            strategies=[_described(each, catalog.sources.get(name, "")) for name, each in catalog.strategies.items()],
+            active=[entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)],
+            problems=[str(problem) for problem in catalog.problems],
+            history=list(self._history),
+        )
+
+    # --- across restarts ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._store is None:
+            return
+        active = [entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)]
+        data = msgspec.json.format(msgspec.json.encode(_Stored(_STORE_FORMAT, active)), indent=2)
+        temporary = self._store.with_name(f".{self._store.name}.{os.getpid()}")
+        try:
+            self._store.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(self._store)
+        except OSError as error:
+            _log.error("strategy versions cannot be kept", file=str(self._store), error=error.strerror)
+
+    def _restore(self, store: Path) -> None:
+        """Whatever is wrong with the file, the router starts: what cannot be restored is told."""
+        try:
+            stored = msgspec.json.decode(store.read_bytes(), type=_Stored)
+        except (OSError, msgspec.DecodeError) as error:
+            _log.error("strategy versions cannot be restored", file=str(store), error=error)
+            return
+        if stored.format != _STORE_FORMAT:
+            _log.error("strategy versions are of another format", file=str(store), format=stored.format)
+            return
+        catalog = self._catalog()
+        restored: dict[str, list[Lane]] = {}
+        for entry in stored.active:
+            try:
+                program = catalog.get(entry.name).configure(entry.settings)
+            except (ConfigError, InvalidRequest) as error:
+                _log.error("a strategy cannot be restored", model=entry.model or "*", was=entry.version, error=error)
+                restored.pop(entry.model, None)
+                continue
+            if program.version != entry.version:
+                _log.warning("a strategy has changed since", was=entry.version, serves=program.version)
+            restored.setdefault(entry.model, []).append(Lane(program, entry.share, entry.since))
+        for model, lanes in restored.items():
+            if abs(sum(lane.share for lane in lanes) - 1.0) > 1e-6:
+                _log.error("shares do not add up; not restored", model=model or "*")
+                continue
+            self._lanes[model] = tuple(lanes)
+            self._record(model, "restored")
+
+
+def _shown(model: str, lanes: Lanes) -> list[ActiveStrategy]:
+    return [
+        ActiveStrategy(
+            model=model,
+            version=lane.program.version,
+            name=lane.program.strategy.name,
+            settings=dict(lane.program.settings),
+            share=lane.share,
+            since=lane.since,
+        )
+        for lane in lanes
+    ]
+
+
+def _described(strategy: Strategy, source: str) -> StrategyInfo:
+    settings = [
+        SettingInfo(name=each.name, type=each.type.__name__, default=each.default) for each in strategy.settings
+    ]
+    return StrategyInfo(name=strategy.name, summary=strategy.summary, source=source, settings=settings)
+
+
+def _named(model: str) -> str:
+    return f"model {model!r}" if model else "the default"

@@ -1,0 +1,125 @@
+"""NIXL between real processes: what arrives, what it says of the link, and what stopped and killed peers do.
+
+The faults go over TCP: on shared memory a push is over when `post` returns, so there is no "while".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.transfer_child import Child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Start = Callable[..., Child]
+
+PAGE = 1 << 16
+MANY = 2048
+"""Pages of 64 KiB: 128 MiB take a while over TCP."""
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a child over the given UCX transports."""
+    with ExitStack() as stack:
+
+        def begin(name: str, *, fill: int, tls: str = "", pages: int = 64, **more: float) -> Child:
+            env = {key: value for key, value in os.environ.items() if not key.startswith("UCX_")}
+            if tls:
+                env["UCX_TLS"] = tls
+            child = Child(name, pages=pages, page_bytes=PAGE, fill=fill, env=env, **more)
+            stack.callback(child.end)
+            return child
+
+        yield begin
+
+
+@pytest.mark.parametrize(("tls", "kind"), [("", "shm"), ("tcp", "tcp")])
+def test_scattered_pages_arrive_byte_for_byte_and_the_link_says_what_it_is(start: Start, tls: str, kind: str) -> None:
+    one, two = start("one:1", fill=1, tls=tls), start("two:2", fill=2, tls=tls)
+    before = two.digest([3, 4])
+    report = one.connect(two)
+    assert (report["transport"], report["error"]) == (kind, "")
+    assert report["rate"] > 0.01
+    one.tell("push", peer="two:2", source=[5, 6, 7, 20, 9], target=[10, 11, 40, 41, 0], note="hello")
+    assert one.hear("posted")["posted"] == 5 * PAGE
+    assert one.hear("pushed")["pushed"] == "done"
+    assert two.hear("arrived") == {"arrived": "hello", "peer": "one:1"}
+    assert two.digest([10, 11, 40, 41, 0]) == one.digest([5, 6, 7, 20, 9])
+    assert two.digest([3, 4]) == before
+
+
+def test_both_ways_at_once(start: Start) -> None:
+    one, two = start("one:1", fill=1), start("two:2", fill=2)
+    one.tell("connect", peer="two:2", metadata=two.metadata)
+    two.tell("connect", peer="one:1", metadata=one.metadata)
+    assert (one.hear("transport")["error"], two.hear("transport")["error"]) == ("", "")
+    one.tell("push", peer="two:2", source=[0, 1], target=[8, 9], note="there")
+    two.tell("push", peer="one:1", source=[0, 1], target=[8, 9], note="back")
+    assert (two.hear("arrived")["arrived"], one.hear("arrived")["arrived"]) == ("there", "back")
+    assert one.digest([8, 9]) == two.digest([0, 1])
+    assert two.digest([8, 9]) == one.digest([0, 1])
+
+
+def test_a_peer_that_dies_during_a_push_fails_it(start: Start) -> None:
+    one, two = (start(name, fill=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
+    assert one.connect(two)["error"] == ""
+    pages = list(range(MANY))
+    os.kill(two.process.pid, signal.SIGSTOP)  # so that it is under way for certain
+    one.tell("push", peer="two:2", source=pages, target=pages, note="never")
+    one.hear("posted")
+    two.process.kill()
+    ended = one.hear("pushed")
+    assert ended["pushed"] == "failed"
+    assert "two:2" in ended["error"]
+    one.tell("push", peer="two:2", source=[0], target=[0], note="nobody there")
+    assert one.hear("pushed")["pushed"] in ("failed", "refused")
+    other = start("two:3", fill=2, tls="tcp")
+    one.tell("disconnect", peer="two:2")
+    assert one.connect(other)["error"] == ""
+
+
+def test_a_stopped_peer_leaves_a_push_under_way_and_going_on_completes_it(start: Start) -> None:
+    one, two = (start(name, fill=fill, tls="tcp", pages=MANY) for name, fill in (("one:1", 1), ("two:2", 2)))
+    assert one.connect(two)["error"] == ""
+    pages = list(range(MANY))
+    os.kill(two.process.pid, signal.SIGSTOP)
+    one.tell("push", peer="two:2", source=pages, target=pages, note="late")
+    one.hear("posted")
+    with pytest.raises(TimeoutError):
+        one.hear("pushed", within=0.3)
+    os.kill(two.process.pid, signal.SIGCONT)
+    assert one.hear("pushed")["pushed"] == "done"
+    assert two.hear("arrived")["arrived"] == "late"
+    assert two.digest(pages) == one.digest(pages)
+
+
+def test_disconnecting_a_stopped_peer_fails_the_push_at_once(start: Start) -> None:
+    one, two = (start(name, fill=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
+    assert one.connect(two)["error"] == ""
+    pages = list(range(MANY))
+    os.kill(two.process.pid, signal.SIGSTOP)
+    one.tell("push", peer="two:2", source=pages, target=pages, note="never")
+    one.hear("posted")
+    one.tell("disconnect", peer="two:2")
+    assert one.hear("pushed") == {"pushed": "failed", "error": "two:2 was disconnected"}
+    third = start("three:3", fill=3, tls="tcp")
+    assert one.connect(third)["error"] == ""
+    one.tell("push", peer="three:3", source=[1], target=[1], note="alive")
+    assert third.hear("arrived")["arrived"] == "alive"
+    two.process.kill()
+
+
+def test_a_peer_that_does_not_answer_is_not_waited_for_for_ever(start: Start) -> None:
+    one, two = (start(name, fill=1, tls="tcp", limit=0.5) for name in ("one:1", "two:2"))
+    os.kill(two.process.pid, signal.SIGSTOP)
+    report = one.connect(two)
+    assert report["error"] == "two:2 did not answer within 0.5 s"
+    third = start("three:3", fill=3, tls="tcp")
+    assert one.connect(third)["error"] == ""
+    two.process.kill()
