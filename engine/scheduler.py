@@ -442,10 +442,11 @@ class Scheduler:
         elif token in request.stops and known >= request.min_known:
             self._finish(request, "stop", now, stop_token=token)
         else:
+            cached = None if request.generated else request.cached
             request.append(token)
             ids = token.to_bytes(4, "little")
             logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-            self._outputs.append(Output(request, Tokens(ids=ids, logprobs=logprobs), False))
+            self._outputs.append(Output(request, Tokens(ids=ids, logprobs=logprobs, cached=cached), False))
             if known + 1 == request.end:
                 self._finish(request, "length", now)
             elif request.state is State.PREEMPTED:

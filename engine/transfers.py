@@ -178,6 +178,7 @@ class TransferThread:
         with self._lock:
             self._expected += change
         if change > 0:
+            self._wait = _SHORTEST_WAIT
             self._wake.set()
 
     def wake(self) -> None:

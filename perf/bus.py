@@ -77,7 +77,7 @@ _VERBS: dict[str, tuple[EngineVerb, ReplyBody]] = {
 }
 
 
-def _serve_echo(pipe: Connection) -> None:
+def serve_echo(pipe: Connection) -> None:
     """Answers every message with as many bytes as its first two say, until it is empty."""
     _pin(1)
     context = zmq.Context()
@@ -153,7 +153,7 @@ async def _serve_rpc_until_told(pipe: Connection) -> None:
     await bus.close()
 
 
-def _echo(socket: zmq.Socket[bytes], request: bytes, calls: int) -> None:
+def echo(socket: zmq.Socket[bytes], request: bytes, calls: int) -> None:
     for _ in range(calls):
         socket.send(request)
         socket.recv()
@@ -188,7 +188,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     echo_pipe, echo_end = spawn.Pipe()
     rpc_pipe, rpc_end = spawn.Pipe()
-    echo_server = spawn.Process(target=_serve_echo, args=(echo_end,))
+    echo_server = spawn.Process(target=serve_echo, args=(echo_end,))
     rpc_server = spawn.Process(target=_serve_rpc, args=(rpc_end,))
     echo_server.start()
     rpc_server.start()
@@ -207,7 +207,7 @@ def main() -> None:
         request = answered.to_bytes(2, "little") + bytes(sent - 2)
         samples = interleave(
             {
-                "echo": partial(_echo, socket, request, args.calls),
+                "echo": partial(echo, socket, request, args.calls),
                 "rpc": lambda verb=verb: loop.run_until_complete(_call(client, verb, args.calls)),  # type: ignore[misc]
             },
             warmup=args.warmup,

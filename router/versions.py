@@ -82,7 +82,7 @@ class Versions:
         """What served a model before each change that was not rolled back: (number, model, lanes)."""
         self._history: deque[StrategyChange] = deque(maxlen=_HISTORY)
         self._number = 0
-        self._record(EVERY, "configured")
+        self._record(EVERY, "configured", quiet=True)
         if store is not None and store.exists():
             self._restore(store)
 
@@ -172,11 +172,13 @@ class Versions:
         del self._before[:-_HISTORY]
         self._save()
 
-    def _record(self, model: str, reason: str) -> None:
+    def _record(self, model: str, reason: str, *, quiet: bool = False) -> None:
         self._number += 1
         active = _shown(model, self._lanes.get(model) or self._lanes[EVERY])
         change = StrategyChange(number=self._number, at=self._now(), model=model, active=active, reason=reason)
         self._history.appendleft(change)
+        if quiet:
+            return
         versions = ", ".join(f"{each.version} ({each.share:.0%})" for each in active)
         _log.info("strategy", model=model or "*", serves=versions, reason=reason, change=self._number)
 

@@ -151,6 +151,8 @@ class Tokens(Message, tag="tokens", frozen=True):
 
     ids: TokenBytes
     logprobs: list[TokenLogprobs] | None = None
+    cached: NonNegative | None = None
+    """Prompt tokens that the engine's prefix tree held; said once, with the first tokens."""
 
 
 class Usage(Struct, omit_defaults=True, frozen=True, kw_only=True):

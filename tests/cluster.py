@@ -10,6 +10,7 @@ Leaving the block drains everything and fails when a process ended in a way that
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from microserve.runtime.client import Client
 from microserve.runtime.errors import MicroserveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from microserve.runtime.messages import StatusReply
@@ -49,7 +50,9 @@ class ClusterError(AssertionError):
 class Daemon:
     """One process: its log in a file, its end accounted for."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = log
         self.expected: int | None = 0
@@ -61,7 +64,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=daemon_environ(),
+                env=daemon_environ() | dict(environ or {}),
                 start_new_session=True,
             )
 
@@ -103,7 +106,11 @@ class Daemon:
 
 
 class Cluster:
-    """A context manager; see the module. `engine_args` go to every engine, `router_args` to the router."""
+    """A context manager; see the module. `engine_args` go to every engine, `router_args` to the router.
+
+    `digests`: the engines answer `page_digests`; `page_kib` is the size of a fake page then (see `tests.engine_child`).
+    `environ` goes to every process.
+    """
 
     def __init__(
         self,
@@ -112,8 +119,14 @@ class Cluster:
         engine_args: Sequence[str] = FAKE,
         router_args: Sequence[str] = (),
         start_router: bool = True,
+        digests: bool = False,
+        page_kib: int = 0,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._wanted = engines
+        self._digests = digests
+        self._page_kib = page_kib
+        self._environ = dict(environ or {})
         self._engine_args = tuple(engine_args)
         self._router_args = tuple(router_args)
         self._start_router = start_router
@@ -171,15 +184,34 @@ class Cluster:
     def add_engine(self, name: str | None = None, *args: str, wait: bool = True) -> Daemon:
         """Start one more engine, or one under the name of an engine that is gone."""
         name = name if name is not None else f"e{len(self.engines)}"
-        arguments = ["microserve.engine", "--engine-id", name, "--routers", self.router, *self._engine_args, *args]
+        module = ["microserve.engine"]
+        if self._digests:
+            self.control(name).unlink(missing_ok=True)
+            module = ["tests.engine_child", "--control", str(self.control(name)), "--page-kib", str(self._page_kib)]
+        arguments = [*module, "--engine-id", name, "--routers", self.router, *self._engine_args, *args]
         daemon = self._start(name, arguments)
         self.engines.append(daemon)
         if wait:
             self.wait_for(lambda status: state_of(status, name) == "ready", f"engine {name} to be ready")
         return daemon
 
+    def control(self, name: str) -> Path:
+        """The socket of an engine that answers `page_digests`."""
+        return Path(self._folder.name) / f"{name}.sock"
+
+    def page_digests(self, name: str, **question: Sequence[int]) -> list[str]:
+        """A digest of each page that an engine holds of `prompt=…`, or of the `pages=…` of its pool."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.control(name)))
+            asked = {key: [int(each) for each in ids] for key, ids in question.items()}
+            connection.sendall(json.dumps(asked).encode() + b"\n")
+            with connection.makefile() as answers:
+                found: list[str] = json.loads(answers.readline())
+        return found
+
     def _start(self, name: str, arguments: Sequence[str]) -> Daemon:
-        daemon = Daemon(name, arguments, Path(self._folder.name) / f"{len(self.daemons)}-{name}.log")
+        log = Path(self._folder.name) / f"{len(self.daemons)}-{name}.log"
+        daemon = Daemon(name, arguments, log, self._environ)
         self.daemons.append(daemon)
         return daemon
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from microserve.kv.transfer.base import Transport
 
     Open = Callable[..., "End"]
+
+T = TypeVar("T")
 
 PAGES, PAGE = 32, 4096
 LIMIT = 20.0
@@ -56,7 +58,7 @@ class End:
         return status
 
 
-def until(look: Callable[[], Any], *ends: End) -> Any:
+def until(look: Callable[[], T | None], *ends: End) -> T:
     """What `look` finds, while every end looks after its transport."""
     stop = monotonic() + LIMIT
     while (found := look()) is None:

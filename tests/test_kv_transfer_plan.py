@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,7 +32,7 @@ def test_runs_are_the_pairs_in_order_and_maximal(pieces: list[tuple[int, int, in
     found = runs(*_sides(pairs)).tolist()
     assert [(a + i, b + i) for a, b, count in found for i in range(count)] == pairs
     assert all(count >= 1 for _, _, count in found)
-    for (a, b, count), (c, d, _) in zip(found, found[1:], strict=False):
+    for (a, b, count), (c, d, _) in itertools.pairwise(found):
         assert (a + count, b + count) != (c, d)
 
 
@@ -42,9 +44,7 @@ def test_descriptors_cover_exactly_the_bytes_of_the_pages(
     found = runs(*_sides(pairs))
     for side, column in ((0, 0), (1, 1)):
         made = descriptors(found[:, column], found[:, 2], address, page_bytes, device).tolist()
-        covered = [
-            start + offset for start, length, _ in made for offset in range(0, length, page_bytes)
-        ]
+        covered = [start + offset for start, length, _ in made for offset in range(0, length, page_bytes)]
         assert covered == [address + pair[side] * page_bytes for pair in pairs]
         assert all(length % page_bytes == 0 and on == device for _, length, on in made)
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What `microserve --help` shows, and what refuses an unknown subcommand."""
-    listing = "\n".join(f"  {name:13} {text}" for name, text in {**COMMANDS, **DAEMONS}.items())
+    listing = "\n".join(f"  {name:14} {text}" for name, text in {**COMMANDS, **DAEMONS}.items())
     made = argparse.ArgumentParser(
         prog="microserve",
         description="Serve LLMs from engines that a programmable router composes.",

@@ -49,27 +49,35 @@ class WriteChoice:
     kind: str
 
 
-def parse(lines: Iterable[str]) -> tuple[list[WriteChoice], list[str]]:
-    """The choices and the warnings among lines of UCX's log."""
-    choices: list[WriteChoice] = []
-    warnings: list[str] = []
-    agent = relation = memory = ""
-    for line in lines:
-        text = _PREFIX.sub("", line.strip())
-        if (warning := _WARNING.search(text)) is not None:
-            warnings.append(warning[2].strip())
-        if not text.startswith("|"):
-            continue
+class TableReader:
+    """Reads UCX's log line by line; a table may come in pieces."""
+
+    def __init__(self) -> None:
+        self._agent = self._relation = self._memory = ""
+
+    def read(self, lines: Iterable[str]) -> tuple[list[WriteChoice], list[str]]:
+        """The choices and the warnings among the next lines."""
+        choices: list[WriteChoice] = []
+        warnings: list[str] = []
+        for line in lines:
+            text = _PREFIX.sub("", line.strip())
+            if (warning := _WARNING.search(text)) is not None:
+                warnings.append(warning[2].strip())
+            elif text.startswith("|") and (choice := self._row(text)) is not None:
+                choices.append(choice)
+        return choices, warnings
+
+    def _row(self, text: str) -> WriteChoice | None:
         cells = [cell.strip() for cell in text.strip("|").split("|")]
         if (title := _TITLE.match(cells[0])) is not None:
-            agent, relation, memory = title[1], title[2], ""
+            self._agent, self._relation, self._memory = title[1], title[2], ""
         elif (write := _WRITE.match(cells[0])) is not None:
-            memory = "cuda" if write[1].startswith("cuda") else "host"
-        elif memory and len(cells) == 3 and cells[0].endswith("inf"):
+            self._memory = "cuda" if write[1].startswith("cuda") else "host"
+        elif self._memory and len(cells) == 3 and cells[0].endswith("inf"):
             # The row of the largest sizes: pages are large.
-            choices.append(WriteChoice(agent, relation, memory, _kind(cells[2])))
-            memory = ""
-    return choices, warnings
+            memory, self._memory = self._memory, ""
+            return WriteChoice(self._agent, self._relation, memory, _kind(cells[2]))
+        return None
 
 
 def _kind(config: str) -> str:
@@ -85,6 +93,7 @@ class UcxJournal:
     def __init__(self) -> None:
         self.choices: list[WriteChoice] = []
         self._offset = self._given_back = 0
+        self._reader = TableReader()
         self._rest = b""
         self._file: int | None = None
         if all(name not in os.environ for name in _VARIABLES):
@@ -113,7 +122,7 @@ class UcxJournal:
             os.ftruncate(self._file, 0)
             self._given_back = self._offset
         *lines, self._rest = (self._rest + found).split(b"\n")
-        choices, warnings = parse(line.decode(errors="replace") for line in lines)
+        choices, warnings = self._reader.read(line.decode(errors="replace") for line in lines)
         self.choices += choices
         return warnings
 
