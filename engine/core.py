@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from microserve.engine.calls import CallBook
-from microserve.engine.fake_executor import FakeExecutor
 from microserve.engine.kv_verbs import KvVerbs, LocalWay
 from microserve.engine.link import peer_name
 from microserve.engine.liveness import own_incarnation, proven_dead
@@ -232,4 +231,5 @@ def make_limits(config: EngineConfig, model_context: int) -> Limits:
 
 
 def _kind(executor: Executor) -> str:
-    return "fake" if isinstance(executor, FakeExecutor) else "torch"
+    # By name: an engine without a GPU must not import what a GPU needs.
+    return type(executor).__name__.removesuffix("Executor").lower()

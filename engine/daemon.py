@@ -160,9 +160,16 @@ def open_executor(config: EngineConfig) -> Executor:
             total_pages=config.kv_pages or config.fake.total_pages,
         )
     # Imported here: an engine with the fake executor needs no torch.
+    from microserve.engine.cuda_open import cuda_device, open_cuda_executor
     from microserve.engine.torch_executor import open_torch_executor
 
-    return open_torch_executor(config, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    device = cuda_device(config.device) if config.executor in ("auto", "cuda") else None
+    if device is not None:
+        return open_cuda_executor(config, device, progress=progress)
+    if config.executor == "cuda":
+        raise ConfigError(f"executor cuda: torch finds no GPU (device {config.device!r})")
+    return open_torch_executor(config, progress=progress)
 
 
 class Engine:
@@ -288,6 +295,7 @@ class Engine:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(_EVENT_INTERVAL)
+            self._changed()  # the step thread tells nobody that it is degraded
             self._publish("load")
 
     def _changed(self) -> None:

@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
+from msgspec import structs
+
 from microserve.engine.scheduler import MAX_DEPTH
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import InternalError, MicroserveError
@@ -121,9 +123,15 @@ class StepLoop:
             self._post(self._deliver, outputs)
         now = self._clock()
         if not stepped or now - self._load_at >= _SNAPSHOT_INTERVAL:
-            self._load = self._scheduler.load()
+            self._load = self._snapshot()
             self._load_at = now
         return stepped
+
+    def _snapshot(self) -> Load:
+        load = self._scheduler.load()
+        if self._receiving is not None and self._receiving.degraded():
+            return structs.replace(load, state="degraded")
+        return load
 
     def _step(self) -> bool:
         scheduler = self._scheduler

@@ -40,16 +40,20 @@ _log = get_logger(__name__)
 class _Kv:
     """The KV of one request. Implements `request.ReceivedKv`."""
 
-    __slots__ = ("_lease", "_receiving", "begin")
+    __slots__ = ("_lease", "_receiving", "begin", "pages")
 
     def __init__(self, receiving: Receiving, lease: Lease, begin: int) -> None:
         self._receiving = receiving
         self._lease = lease
         self.begin = begin
+        self.pages = len(lease.lock.pages) + len(lease.pages) + len(lease.reserve)
 
     def take(self) -> tuple[PrefixLock, PageArray, int]:
         lock, pages = self._receiving.leases.consume(self._lease, self._receiving.now)
         return lock, pages, self.begin
+
+    def keep(self) -> None:
+        self._receiving.kept(self._lease, self.begin)
 
     def drop(self) -> None:
         self._receiving.dropped(self._lease)
@@ -106,7 +110,12 @@ class Receiving:
         expect = ticket.expect_tokens
         while expect and self.leases.never_fits(len(ticket.tokens) + expect):
             expect //= 2
-        lease = self.leases.open(ticket.tokens, ticket.end, expect, now, owner=ticket.owner)
+        scheduler = self._scheduler
+        lease = None
+        if not scheduler.short:
+            # As for an admission: every running request may need a page soon.
+            keep = scheduler.running
+            lease = self.leases.open(ticket.tokens, ticket.end, expect, now, owner=ticket.owner, keep=keep)
         if lease is None:
             self._tried_at = (self._scheduler.cache.available(), now)
             return False
@@ -142,8 +151,9 @@ class Receiving:
         lease = self.leases.get(lease_id)
         if begin > max(lease.end, lease.matched):
             raise InvalidRequest(f"begin is {begin}, and the lease ends at {lease.end}", param="begin")
-        shared = min(begin, len(lease.tokens))
-        if begin > len(lease.tokens) or not np.array_equal(request.history[:shared], lease.tokens[:shared]):
+        # What is matched is used even behind `begin`.
+        shared = min(max(begin, lease.matched), len(lease.tokens), request.known)
+        if begin > shared or not np.array_equal(request.history[:shared], lease.tokens[:shared]):
             raise InvalidRequest("the prompt is not the one that the lease was prepared for", param="prompt")
         self._scheduler.check_prompt(request.known)
         self.leases.attach(lease_id, request, now)
@@ -200,22 +210,25 @@ class Receiving:
     def _recompute(self, request: Request, lease: Lease, kv: _Kv) -> None:
         """Part of the KV is not there, and nothing more is waited for."""
         del self._waiting[lease.id]
-        matched, arrived = lease.matched, min(lease.received, kv.begin)
-        quarantined = self.leases.unsafe(lease)
-        committed = min(self.leases.commit(lease, self.now), kv.begin)
-        request.received = max(0, committed - matched)
-        request.recomputed = max(0, kv.begin - max(committed, matched))
         _log.warning(
             "KV did not come and is computed here",
             every=1.0,
             request=request.request_id,
             lease=lease.id,
-            arrived=arrived,
+            arrived=min(lease.received, kv.begin),
             awaited=kv.begin,
-            quarantined=quarantined,
+            quarantined=self.leases.unsafe(lease),
         )
-        self._tell_quarantined(lease, quarantined)
+        self._commit_for(request, lease, kv.begin)
         self._scheduler.not_received(request)
+
+    def _commit_for(self, request: Request, lease: Lease, begin: int) -> None:
+        """Whole pages that arrived enter the prefix tree, where `request` will look for them."""
+        quarantined = self.leases.unsafe(lease)
+        committed = min(self.leases.commit(lease, self.now), begin)
+        request.received = max(0, committed - lease.matched)
+        request.recomputed = max(0, begin - max(committed, lease.matched))
+        self._tell_quarantined(lease, quarantined)
 
     def _end_commit(self, ticket: CommitTicket, lease: Lease) -> None:
         del self._waiting[lease.id]
@@ -315,6 +328,15 @@ class Receiving:
             self._retry_preparations(now)
         self._scheduler.cache.sweep()
 
+    def degraded(self) -> bool:
+        """Whether pages have been in quarantine for so long that somebody should look."""
+        return self.leases.degraded(self.now)
+
+    def kept(self, lease: Lease, begin: int) -> None:
+        """There are no pages for what the request that the lease is attached to needs besides."""
+        if isinstance(lease.attached, Request):
+            self._commit_for(lease.attached, lease, begin)
+
     def dropped(self, lease: Lease) -> None:
         """The request that a lease was attached to has ended without it."""
         self._waiting.pop(lease.id, None)
@@ -331,6 +353,8 @@ class Receiving:
             times.append(swept)
         if (pin := self._scheduler.cache.next_pin_end()) is not None:
             times.append(pin)
+        if (degraded := self.leases.degraded_at()) is not None and degraded > self.now:
+            times.append(degraded)
         if self._preparing:
             times.append(self.now + _RETRY)
         return min(times, default=None)

@@ -68,10 +68,19 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class ReceivedKv(Protocol):
-    """KV that other engines put into our pages for one request. One of the two is called, once, in the step thread."""
+    """KV that other engines put into our pages for one request. One of the three is called, once, in the step thread."""
+
+    begin: int
+    """The position where computing begins, at the latest."""
+    pages: int
+    """How many pages there are: of what was matched, of what came, and in reserve."""
 
     def take(self) -> tuple[PrefixLock, PageArray, int]:
-        """The lock on what was matched, the pages after it (now OWNED), and the position where computing begins."""
+        """The lock on what was matched, the pages after it (now OWNED), and `begin`."""
+        ...
+
+    def keep(self) -> None:
+        """The request goes on without it; whole pages enter the prefix tree."""
         ...
 
     def drop(self) -> None:

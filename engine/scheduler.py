@@ -125,6 +125,8 @@ class Scheduler:
         self._blocked_at: int | None = None
         """Pages that were available when the head of the line did not fit."""
         self._blocked_steps = 0
+        self._short: Request | None = None
+        """The first in line that found no pages: until it has them, nothing else takes any out of turn."""
         self._steps = 0
         self._counts: Counter[str] = Counter()
         self._pace = _FIRST_PACE
@@ -141,6 +143,11 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def short(self) -> bool:
+        """Whether somebody in line waits for pages: until it has them, no lease and no send takes any."""
+        return self._short is not None
 
     @property
     def in_flight(self) -> int:
@@ -225,7 +232,7 @@ class Scheduler:
         known, size = request.known, self._page_size
         lock = self.cache.acquire(request.history[:known])
         needed = -(-known // size) - len(lock.pages)
-        room = self.cache.available() >= needed + self.running
+        room = self._short is None and self.cache.available() >= needed + self.running
         pages = self.cache.allocate(needed) if room else None
         if pages is None:
             self.cache.release(lock)
@@ -274,8 +281,6 @@ class Scheduler:
         """Whole pages with complete KV enter the tree, and may be sent: from there on they are the tree's pages."""
         if request.computed > request.shared_pages * self._page_size:
             self._insert(request)
-        if request.stopped:
-            return
         complete = request.computed >= request.known
         until = -(-request.computed // self._page_size) if complete else request.computed // self._page_size
         first = request.ready_pages
@@ -395,11 +400,14 @@ class Scheduler:
                     self._counts["generated"] -= 1
                 self._settle(request)
                 continue
-            request.computed = part.start + part.length
             sample = next(samples) if part.sample else None
             if request.sends:
-                self._tell_ready(request)
+                # A stopped one may have lost a step before this one: what follows a gap is nobody's KV.
+                if not request.stopped:
+                    request.computed = part.start + part.length
+                    self._tell_ready(request)
                 continue
+            request.computed = part.start + part.length
             if request.computed >= request.insert_at and (sample is None or sample.error is None):
                 self._insert(request)
             if sample is not None:
@@ -555,28 +563,35 @@ class Scheduler:
     # --- admission -------------------------------------------------------------------------------------------------
 
     def _admit_waiting(self, budget: int) -> None:
-        """Admits from the head of the line. Only who waits for a prefix is passed: whoever needs pages is next."""
+        """Admits from the head of the line. Passed are those who wait for a prefix; and whoever needs pages is passed
+        by those who hold theirs already: they give them back by running.
+        """
         if not self._waiting:
             return
-        places = self.limits.max_running - self.running
-        backlog = sum(request.remaining for request in self._prefilling.values())
-        for request in self._waiting.first(places + _LOOKAHEAD) if places > 0 else ():
-            crowded = len(self._prefilling) >= _FEW_PREFILLS and backlog >= budget
-            if places == 0 or crowded or request.in_flight:
-                break
+        # Sends take no places: they come out of turn, and many of them must not keep others from running.
+        prefilling = [request.remaining for request in self._prefilling.values() if not request.sends]
+        count, backlog = len(prefilling), sum(prefilling)
+        places = self.limits.max_running - count - len(self._decoding)
+        line = self._waiting.first(places + _LOOKAHEAD) if places > 0 else []
+        for request in line:
+            if places == 0 or (count >= _FEW_PREFILLS and backlog >= budget):
+                return
             if request.kv is not None:
-                if not self._admit_received(request):
-                    break
-                places -= 1
-                backlog += request.remaining
+                admitted = self._admit_received(request)
+            elif self._defers(request):
                 continue
-            if self._defers(request):
-                continue
-            if self._blocked() or (outcome := self._admit(request)) is _Admission.NO_PAGES:
+            elif request.in_flight or self._blocked() or (outcome := self._admit(request)) is _Admission.NO_PAGES:
                 break
-            if outcome is _Admission.ADMITTED:
+            else:
+                admitted = outcome is _Admission.ADMITTED
+            if admitted:
                 places -= 1
+                count += 1
                 backlog += request.remaining
+        else:
+            return
+        for request in self._waiting.received()[:places]:
+            self._admit_received(request)
 
     def _blocked(self) -> bool:
         """Whether looking for pages again would be in vain: a look-up costs more, the longer the prompt."""
@@ -604,8 +619,9 @@ class Scheduler:
             self.cache.release(lock)
             self._blocked_at = self.cache.available()
             self._blocked_steps = 0
+            self._short = request
             return _Admission.NO_PAGES
-        self._blocked_at = None
+        self._blocked_at = self._short = None
         self._waiting.discard(request)
         request.move(State.PREFILL)
         request.hold(lock, pages, size, -(-(request.end - 1) // size))
@@ -628,22 +644,18 @@ class Scheduler:
         kv, known, size = request.kv, request.known, self._page_size
         if kv is None:
             raise InternalError(f"request {request.sub_id or request.id} has no received KV")
-        lock, pages, begin = kv.take()
+        # Only a prompt that is longer than the one that it was prepared for lacks pages.
+        more = self.cache.allocate(max(0, -(-known // size) - kv.pages))
         request.kv = None
+        if more is None:
+            kv.keep()
+            return False
+        lock, pages, begin = kv.take()
         matched = lock.length
         if lock.length > known - 1:
             whole, lock = lock, self.cache.acquire(request.history[:known], known - 1)
             self.cache.release(whole)
             begin = lock.length  # the page behind it is a fresh one
-        missing = -(-known // size) - len(lock.pages) - len(pages)
-        more = self.cache.allocate(max(0, missing))
-        if more is None:
-            # Only a prompt that is longer than the one it was prepared for: it waits in line like any other.
-            self.cache.free(pages)
-            self.cache.release(lock)
-            request.recomputed += request.received
-            request.received = 0
-            return False
         self._waiting.discard(request)
         request.move(State.PREFILL)
         owned = np.concatenate((pages, more)) if len(more) else pages
@@ -763,6 +775,8 @@ class Scheduler:
         if self._sending.pop(request.id, None) is not None or (request.sends and request.state is State.PREFILL):
             self._sends -= 1
         self._blocked_at = None
+        if self._short is request:
+            self._short = None
         request.move(state)
         request.waits_for = None
         if request.kv is not None:

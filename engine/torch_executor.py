@@ -1,4 +1,4 @@
-"""The executor in plain torch: runs on any machine's CPU, and is the reference for every other executor.
+"""The executor in plain torch: runs on any machine, and is the reference for every other executor.
 
 A step's slices are computed in one pass of the decoder; only attention looks at them one by one. Decodes attend as one
 padded batch, prefill chunks one at a time. Keys and values are written and gathered by row number, with the pool seen
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from microserve.engine.model.checkpoint import load_weights, revision
+from microserve.engine.model.checkpoint import dummy_weights, load_weights, revision
 from microserve.engine.model.config import DecoderConfig, read_config
 from microserve.engine.model.decoder import Decoder
-from microserve.engine.model.kernels import cpu_kernels
+from microserve.engine.model.kernels import TorchKernels, cpu_kernels, rotate
 from microserve.engine.plan import StepPlan, StepResult
+from microserve.engine.progress import progress_bar
 from microserve.engine.sampler import Sampler
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.errors import ConfigError, InternalError
@@ -29,7 +30,7 @@ from microserve.runtime.models import resolve_model
 from microserve.runtime.settings import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -41,7 +42,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class TorchExecutor:
-    """Implements `Executor` on the CPU. One step at a time: `launch` queues it, `collect` computes it."""
+    """Implements `Executor` on the CPU, or slowly on a GPU. One step at a time: `collect` computes it."""
 
     depth = 1
 
@@ -52,6 +53,7 @@ class TorchExecutor:
         self._sampler = Sampler(decoder.config.vocab_size)
         self._plans: deque[StepPlan] = deque()
         self._threads = threads
+        self._device = pool.tensor.device
         shape = pool.shape
         self._layout = Layout(
             model_revision=model.revision,
@@ -110,23 +112,26 @@ class TorchExecutor:
             if part.tokens is None:
                 raise InternalError("a step of this executor needs every token: its depth is 1")
             parts.append(part.tokens)
-        attention = _PagedAttention(self._pool, slices, self._decoder.config.sliding_window)
-        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        hidden = self._decoder.forward(tokens, attention.positions, attention)
+        attention = _PagedAttention(self._pool, slices, self._decoder)
+        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._device)
+        hidden = self._decoder.forward(tokens, attention)
         ends = np.cumsum([part.length for part in slices]) - 1
         sampled = [i for i, part in enumerate(slices) if part.sample]
         rows = [(slices[i].sequence, slices[i].output_index) for i in sampled]
         if not rows:
             return hidden, rows
-        return self._decoder.logits(hidden[torch.from_numpy(ends[sampled])]), rows
+        last = torch.from_numpy(ends[sampled]).to(self._device)
+        return self._decoder.logits(hidden[last]).float().cpu(), rows
 
 
 class _PagedAttention:
     """Attention of one step: where each new token's KV goes, and which pages each slice reads."""
 
-    def __init__(self, pool: PagePool, slices: Sequence[Slice], window: int | None) -> None:
-        shape = pool.shape
+    def __init__(self, pool: PagePool, slices: Sequence[Slice], decoder: Decoder) -> None:
+        shape, window = pool.shape, decoder.config.sliding_window
         self._shape = shape
+        self._device = pool.tensor.device
+        self._heads = decoder.config.heads
         self._window = window
         self._token_rows = pool.tensor.view(-1, shape.head_dim)
         self._page_rows = pool.tensor.view(-1, shape.page_size * shape.head_dim)
@@ -143,7 +148,8 @@ class _PagedAttention:
                 for part in slices
             ]
         ).astype(np.int64)
-        self.positions = torch.from_numpy(positions)
+        where = self.to_device(positions)
+        self._cos, self._sin = decoder.cos[where], decoder.sin[where]
         self._write_rows = self._rows_of_tokens(pages, positions % shape.page_size)
         decodes = [i for i, part in enumerate(slices) if part.length == 1]
         self._decodes = _DecodeBatch(self, slices, decodes, first) if decodes else None
@@ -161,20 +167,24 @@ class _PagedAttention:
         begun = np.flatnonzero((last * page_size >= starts) & (ends % page_size != 0)).tolist()
         if begun:
             pages = [int(slices[i].pages[last[i]]) for i in begun]
-            pool.tensor.index_fill_(0, torch.tensor(pages), 0.0)
+            pool.tensor.index_fill_(0, torch.tensor(pages, device=pool.tensor.device), 0.0)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """The array where the pool is."""
+        return torch.from_numpy(array).to(self._device)
 
     def _rows_of_tokens(self, pages: np.ndarray, offsets: np.ndarray) -> Tensor:
         """Row numbers int64 [tokens * kv_heads] of layer 0's keys; a layer adds 2 * page_size, values one page_size."""
         shape = self._shape
         heads = pages[:, None] * shape.kv_heads + np.arange(shape.kv_heads)
         rows = heads * (shape.layers * 2 * shape.page_size) + offsets[:, None]
-        return torch.from_numpy(rows.reshape(-1))
+        return self.to_device(rows.reshape(-1))
 
     def rows_of_pages(self, pages: np.ndarray) -> Tensor:
         """Row numbers int64 [..., kv_heads, pages] of layer 0's keys in `pages`; a layer adds 2, values 1."""
         shape = self._shape
         heads = pages[..., None, :] * shape.kv_heads + np.arange(shape.kv_heads)[:, None]
-        return torch.from_numpy(heads * (shape.layers * 2))
+        return self.to_device(heads * (shape.layers * 2))
 
     def gather(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, kv_heads, pages * page_size, head_dim] of `rows` [batch, kv_heads, pages]."""
@@ -183,9 +193,11 @@ class _PagedAttention:
         flat = rows.reshape(-1) + 2 * layer
         return self._page_rows.index_select(0, flat).view(size), self._page_rows.index_select(0, flat + 1).view(size)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, turning: Tensor, value: Tensor) -> Tensor:
         """See `Attention.attend`."""
         shape = self._shape
+        turned = rotate(turning, self._cos, self._sin)
+        query, key = turned[:, : self._heads], turned[:, self._heads :]
         rows = self._write_rows + 2 * layer * shape.page_size
         self._token_rows.index_copy_(0, rows, key.reshape(-1, shape.head_dim))
         self._token_rows.index_copy_(0, rows + shape.page_size, value.reshape(-1, shape.head_dim))
@@ -204,7 +216,7 @@ class _DecodeBatch:
 
     def __init__(self, step: _PagedAttention, slices: Sequence[Slice], chosen: list[int], first: np.ndarray) -> None:
         self._step = step
-        self.tokens = torch.from_numpy(first[chosen])
+        self.tokens = step.to_device(first[chosen])
         page_size = step._shape.page_size
         lengths = np.array([slices[i].start + 1 for i in chosen], dtype=np.int64)
         widest = int(-(-lengths.max() // page_size))
@@ -214,8 +226,8 @@ class _DecodeBatch:
             table[row, :used] = slices[i].pages[:used]
             table[row, used:] = slices[i].pages[used - 1]  # padding: its own page, for no other's numbers are safe
         self._rows = step.rows_of_pages(table)
-        places = torch.arange(widest * page_size)
-        limits = torch.from_numpy(lengths).unsqueeze(1)
+        places = step.to_device(np.arange(widest * page_size))
+        limits = step.to_device(lengths).unsqueeze(1)
         visible = places < limits
         if step._window is not None:
             visible &= places >= limits - step._window
@@ -244,8 +256,8 @@ class _Chunk:
         self._causal = part.start == 0 and (window is None or window >= self._length)
         self._mask: Tensor | None = None
         if not self._causal:
-            queries = torch.arange(part.start, self._length).unsqueeze(1)
-            keys = torch.arange(self._length).unsqueeze(0)
+            queries = step.to_device(np.arange(part.start, self._length)).unsqueeze(1)
+            keys = step.to_device(np.arange(self._length)).unsqueeze(0)
             self._mask = keys <= queries
             if window is not None:
                 self._mask &= keys > queries - window
@@ -268,8 +280,9 @@ def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecuto
     """
     folder = resolve_model(config.model)
     model = read_config(folder)
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(f"device {config.device!r}: the torch executor runs on the cpu")
+    device = torch.device("cpu" if config.device == "auto" else config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {config.device!r}: torch finds no GPU on this machine")
     dtype = _DTYPES["float32" if config.dtype == "auto" else config.dtype]
     max_context = min(config.max_context or model.max_context, model.max_context)
     threads = config.threads
@@ -282,53 +295,28 @@ def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecuto
     # More pages than every request at its longest could use would only be zeroed memory.
     if config.kv_pages is None:
         pages = min(pages, 2 * config.max_running * -(-max_context // config.page_size))
-    kernels = cpu_kernels(dtype)
-    with _progress_bar(progress) as report:
-        weights = load_weights(folder, model, dtype=dtype, pack=kernels.pack, progress=report)
+    kernels = cpu_kernels(dtype) if device.type == "cpu" else TorchKernels()
+    with progress_bar(progress, "loading weights") as report:
+        if config.dummy_weights:
+            weights = dummy_weights(model, dtype=dtype, device=device, pack=kernels.pack)
+        else:
+            weights = load_weights(folder, model, dtype=dtype, device=device, pack=kernels.pack, progress=report)
     decoder = Decoder(model, weights, kernels, max_context=max_context)
-    info = describe(model, folder, name=config.model_name or Path(folder).name, max_context=max_context)
-    executor = TorchExecutor(decoder, PagePool(pages, shape), info, threads=threads)
+    name = config.model_name or Path(folder).name
+    info = describe(model, folder, name=name, max_context=max_context, dummy=config.dummy_weights)
+    executor = TorchExecutor(decoder, PagePool(pages, shape, device=device), info, threads=threads)
     gc.collect()
     return executor
 
 
-def describe(model: DecoderConfig, folder: Path, *, name: str, max_context: int) -> ModelInfo:
-    """The `ModelInfo` that an engine announces."""
+def describe(model: DecoderConfig, folder: Path, *, name: str, max_context: int, dummy: bool = False) -> ModelInfo:
+    """The `ModelInfo` that an engine announces. `dummy`: its weights are made up, and not read from `folder`."""
     return ModelInfo(
         name=name,
-        revision=revision(folder),
+        revision=revision(folder, dummy=dummy),
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         max_context=max_context,
         eos_token_ids=model.eos_token_ids,
         path=str(folder),
     )
-
-
-class _progress_bar:
-    """A bar over the tensors of a checkpoint; silent when it is not wanted."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        if not self._wanted:
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._bar = Progress(
-            TextColumn("loading weights"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._bar.start()
-        task = self._bar.add_task("weights")
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *details: object) -> None:
-        if self._wanted:
-            self._bar.stop()

@@ -39,8 +39,12 @@ class WaitingLine:
         """At its place: the end, or among the preempted; who has received KV holds pages and goes there, too."""
         if request.state is State.PREEMPTED or request.kv is not None:
             bisect.insort(self._preempted, request, key=lambda other: other.id)
-        else:
-            self._new[request.id] = request
+            return
+        late = bool(self._new) and request.id < next(reversed(self._new))
+        self._new[request.id] = request
+        if late:
+            # It waited for KV that did not come: its turn is that of its arrival.
+            self._new = OrderedDict(sorted(self._new.items()))
 
     def discard(self, request: Request) -> None:
         """Takes `request` out, if it is in line."""
@@ -50,6 +54,10 @@ class WaitingLine:
     def first(self, count: int) -> list[Request]:
         """The `count` next in line."""
         return list(itertools.islice(itertools.chain(self._preempted, self._new.values()), count))
+
+    def received(self) -> list[Request]:
+        """Those in line that hold the pages they need: their KV came from other engines."""
+        return [request for request in self._preempted if request.kv is not None]
 
     def __contains__(self, request: Request) -> bool:
         return request.id in self._new or request in self._preempted

@@ -180,12 +180,12 @@ class LeaseTable:
         return -(-tokens // self._cache.page_size) > self._most
 
     def open(
-        self, tokens: TokenArray, end: int, reserve_tokens: int, now: float, *, owner: object = None
+        self, tokens: TokenArray, end: int, reserve_tokens: int, now: float, *, owner: object = None, keep: int = 0
     ) -> Lease | None:
         """Locks what is cached of the prompt and leases pages for the rest. None, and nothing changed: no room now.
 
         `end` <= len(tokens): KV of positions below it is awaited where it is not cached. `reserve_tokens`: tokens of
-        output that room is kept for beside the prompt's own.
+        output that room is kept for beside the prompt's own. `keep` pages stay available for others.
         """
         cache, size = self._cache, self._cache.page_size
         lock = cache.acquire(tokens)
@@ -197,7 +197,8 @@ class LeaseTable:
             total += 1
         needed = max(awaited, total)
         held = self._cache.allocator.count(PageState.LEASED) + self._cache.allocator.count(PageState.QUARANTINED)
-        pages = cache.allocate(needed, PageState.LEASED) if held + needed <= self._most else None
+        room = held + needed <= self._most and cache.available() >= needed + keep
+        pages = cache.allocate(needed, PageState.LEASED) if room else None
         if pages is None:
             cache.release(lock)
             return None
@@ -389,12 +390,15 @@ class LeaseTable:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def degraded_at(self) -> float | None:
+        """When pages will have been in quarantine for so long that somebody should look; None without any there."""
+        since = [claim.quarantined_at for claim, _ in self._claims.values() if len(claim.quarantined)]
+        return min(since) + DEGRADED_AFTER if since else None
+
     def degraded(self, now: float) -> bool:
-        """Whether pages have been in quarantine for so long that somebody should look."""
-        return any(
-            len(claim.quarantined) and now - claim.quarantined_at >= DEGRADED_AFTER
-            for claim, _ in self._claims.values()
-        )
+        """Whether somebody should look."""
+        at = self.degraded_at()
+        return at is not None and at <= now
 
     # --- looking at it -----------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ def ratio(ours: Sample, theirs: Sample) -> Sample:
 def environment() -> dict[str, str]:
     """The machine and the packages that a figure depends on."""
     packages = {}
-    for name in ("torch", "pyzmq", "msgspec", "uvloop", "transformers", "starlette", "uvicorn"):
+    for name in ("torch", "nixl-cu13", "pyzmq", "msgspec", "uvloop", "transformers", "starlette", "uvicorn"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

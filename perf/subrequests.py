@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import multiprocessing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import uvloop
@@ -66,7 +66,7 @@ class Caller:
         self._receiver = receiver
         self._ids = itertools.count()
 
-    def _names(self) -> dict[str, str]:
+    def _names(self) -> dict[str, Any]:
         number = next(self._ids)
         return {"request_id": f"r{number}", "sub_id": f"s{number}"}
 
@@ -85,9 +85,7 @@ class Caller:
             address = prepared.address
             if address.matched:
                 raise SystemExit("the receiver had the page already: nothing was moved")
-            sending = self._sender.stream(
-                RemoteSend(**self._names(), prompt=data, address=address, begin=0, end=PAGE)
-            )
+            sending = self._sender.stream(RemoteSend(**self._names(), prompt=data, address=address, begin=0, end=PAGE))
             done = await self._token(
                 self._receiver,
                 StartGenerate(**self._names(), prompt=data, begin=PAGE, lease=address.lease, sampling=_ONE),

@@ -19,6 +19,7 @@ _ENDPOINT = {"expected": "an endpoint such as tcp://127.0.0.1:7700 or ipc:///run
 _ENDPOINT_PATTERN = r"^(tcp|ipc|memory)://.+"
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _NAME = {"expected": "a name of at most 63 letters, digits, '.', '_' and '-'"}
+DEFAULT_KV_MEMORY = "2GiB"
 _SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B?\s*$"
 _SIZE = {"expected": "a size such as 512MiB, 2GiB or 4GB"}
 _PATTERN_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*")
@@ -54,7 +55,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         str | None, Meta(description="name that requests use for the model (not set: the folder's name)")
     ] = None
     executor: Annotated[
-        Literal["auto", "torch", "fake"],
+        Literal["auto", "cuda", "torch", "fake"],
         Meta(description="what computes; auto: the fastest that this machine has; fake: made-up tokens, for tests"),
     ] = "auto"
     device: Annotated[str, Meta(description="where it computes: auto, cpu, cuda:0 …")] = "auto"
@@ -74,7 +75,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         "tcp://127.0.0.1:7700",
     )
     page_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV page")] = 16
-    kv_memory: Annotated[str, Meta(pattern=_SIZE_PATTERN, extra=_SIZE, description="memory of the KV pool")] = "2GiB"
+    kv_memory: Annotated[
+        str,
+        Meta(pattern=_SIZE_PATTERN, extra=_SIZE, description="memory of the KV pool; on a GPU the default means all"),
+    ] = DEFAULT_KV_MEMORY
+    gpu_memory: Annotated[
+        float, Meta(gt=0, le=1, description="share of the GPU's memory that the engine may take in all")
+    ] = 0.92
+    dummy_weights: Annotated[
+        bool, Meta(description="make up the weights, for measuring: the model's folder needs only config.json")
+    ] = False
     kv_pages: Annotated[
         Annotated[int, Meta(ge=2)] | None, Meta(description="pages in the KV pool (overrides kv_memory)")
     ] = None

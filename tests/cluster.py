@@ -228,6 +228,10 @@ class Cluster:
             self.client()
         return self._clients[0].status()
 
+    def endpoints(self) -> dict[str, str]:
+        """Where the engines' verbs are, by name."""
+        return {engine.info.engine_id: engine.info.endpoint for engine in self.status().engines}
+
     def wait_ready(self, engines: int) -> StatusReply:
         """Wait until the router answers and sees so many engines ready."""
         return self.wait_for(

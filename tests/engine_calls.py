@@ -131,7 +131,7 @@ class EngineCalls:
         """Asks until it holds. Each asking takes a round trip."""
         async with asyncio.timeout(limit):
             while not holds(info := await self.info()):
-                await asyncio.sleep(0.01)
+                pass
         return info
 
     async def until_whole(self, limit: float = 20.0) -> None:
@@ -151,19 +151,38 @@ def is_whole(load: Load) -> bool:
     return idle and load.free_pages + load.cached_pages == load.total_pages
 
 
-def _ids() -> dict[str, str]:
+def _ids() -> dict[str, Any]:
     number = next(_NUMBERS)
     return {"request_id": f"request-{number}", "sub_id": f"sub-{number}"}
 
 
+class Engines(dict[str, EngineCalls]):
+    """Engines by name, called over one bus."""
+
+    def __init__(self, bus: ZmqBus) -> None:
+        super().__init__()
+        self._bus = bus
+
+    async def connect(self, name: str, endpoint: str) -> EngineCalls:
+        """Opens a session, the first or a new one."""
+        self[name] = EngineCalls(name, await connect(self._bus, endpoint))
+        return self[name]
+
+    async def until_met(self) -> None:
+        """Until every engine can send to every other."""
+        for engine in self.values():
+            await engine.until_met(*self)
+
+
 @asynccontextmanager
-async def open_engines(endpoints: dict[str, str]) -> AsyncIterator[dict[str, EngineCalls]]:
+async def open_engines(endpoints: dict[str, str]) -> AsyncIterator[Engines]:
     """Sessions to engines by name, as a router has them, once the engines have met."""
     bus = ZmqBus(Peer("router", "test", new_epoch()))
     try:
-        engines = {name: EngineCalls(name, await connect(bus, endpoint)) for name, endpoint in endpoints.items()}
-        for engine in engines.values():
-            await engine.until_met(*endpoints)
+        engines = Engines(bus)
+        for name, endpoint in endpoints.items():
+            await engines.connect(name, endpoint)
+        await engines.until_met()
         yield engines
     finally:
         await bus.close()

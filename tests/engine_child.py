@@ -72,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
                 pages = self.core.cache.match(np.array(question["prompt"], dtype=np.int32)).pages.tolist()
             memory = opened[0]
             size = memory.page_bytes
-            return [
-                hashlib.blake2b(ctypes.string_at(memory.address + page * size, size)).hexdigest() for page in pages
-            ]
+            return [hashlib.blake2b(ctypes.string_at(memory.address + page * size, size)).hexdigest() for page in pages]
 
     daemon.open_executor = open_ours
     daemon.Engine = Engine  # type: ignore[misc]

@@ -7,17 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.cluster import daemon_environ
 
+from microserve.engine import daemon
 from microserve.engine.daemon import Engine, main, open_executor, serve
 from microserve.engine.fake_executor import FakeExecutor
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.config import EngineConfig, FakeConfig
-from microserve.runtime.errors import ConfigError, Draining, InternalError
+from microserve.runtime.errors import ConfigError, Draining, InternalError, TransferFailed
 from microserve.runtime.ids import Peer
 from microserve.runtime.messages import (
     Announce,
@@ -28,8 +30,15 @@ from microserve.runtime.messages import (
     Info,
     InfoReply,
     Leave,
+    Meet,
     Ok,
+    PeerAddress,
+    Prepared,
+    PrepRecv,
+    Release,
+    RemoteSend,
     SamplingParams,
+    SendReport,
     StartGenerate,
     Stats,
     StatsReply,
@@ -41,6 +50,8 @@ from microserve.runtime.zmq_bus import ZmqBus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from microserve.engine.executor import Executor
 
 LIMIT = 20.0
 """Seconds after which something counts as stuck."""
@@ -238,6 +249,144 @@ def test_an_address_in_use_is_a_configuration_error() -> None:
             await router.bus.close()
 
     asyncio.run(body())
+
+
+def test_two_engines_move_kv_and_end_in_order() -> None:
+    async def body() -> None:
+        router = Router()
+        endpoint = await router.open()
+        lives = [Lifecycle(), Lifecycle()]
+        engines = [
+            asyncio.create_task(serve(config(endpoint), name, life)) for name, life in zip("ab", lives, strict=True)
+        ]
+        try:
+            (first, a), (second, b) = sorted(
+                [await router.dial(), await router.dial()], key=lambda found: found[0].info.engine_id
+            )
+            known = [
+                PeerAddress(engine_id=each.info.engine_id, epoch=each.info.epoch, endpoint=each.info.endpoint)
+                for each in (first, second)
+            ]
+            for client in (a, b):
+                assert await client.call(Meet(peers=known)) == Ok()
+            prompt = pack_tokens(range(90))
+            prepared = await b.call(PrepRecv(request_id="q", sub_id="p", prompt=prompt, end=-1))
+            assert isinstance(prepared, Prepared)
+            kv = prepared.address
+            sending = asyncio.create_task(
+                a.call(RemoteSend(request_id="q", sub_id="s", prompt=prompt, address=kv, begin=0, end=kv.end))
+            )
+            sampling = SamplingParams(max_tokens=3, seed=1)
+            moved = StartGenerate(
+                request_id="q", sub_id="g", prompt=prompt, begin=-1, lease=kv.lease, sampling=sampling
+            )
+            alone = StartGenerate(request_id="q", sub_id="g", prompt=prompt, sampling=sampling)
+            (tokens, end), (expected, _) = await read(b, moved), await read(a, alone)
+            assert tokens == expected
+            assert end.received_tokens == 89
+            report = await sending
+            assert isinstance(report, SendReport)
+            assert report.computed == 89
+            for client in (a, b):
+                stats = await client.call(Stats())
+                assert isinstance(stats, StatsReply)
+                assert stats.integrity == "ok"
+                reply = await client.call(Info())
+                assert isinstance(reply, InfoReply)
+                assert [link.state for link in reply.links] == ["ready"]
+            for life in lives:
+                life.drain("the test is over")
+            async with asyncio.timeout(LIMIT):
+                await asyncio.gather(*engines)
+        finally:
+            for engine in engines:
+                engine.cancel()
+            await asyncio.gather(*engines, return_exceptions=True)
+            await router.bus.close()
+
+    asyncio.run(body())
+
+
+async def read(client: RpcClient, body: StartGenerate) -> tuple[list[int], Generated]:
+    stream = client.stream(body)
+    tokens: list[int] = []
+    async for part in stream:
+        assert isinstance(part, Tokens)
+        tokens += unpack_tokens(part.ids).tolist()
+    assert isinstance(stream.reply, Generated)
+    return tokens, stream.reply
+
+
+def test_a_drain_waits_for_what_was_prepared() -> None:
+    async def work(router: Router, lifecycle: Lifecycle, engine: asyncio.Task[None]) -> None:
+        _, client = await router.dial()
+        prompt = pack_tokens([1, 2, 3])
+        prepared = await client.call(PrepRecv(request_id="q", sub_id="p", prompt=prompt, end=0))
+        assert isinstance(prepared, Prepared)
+        lifecycle.drain("test")
+        await router.hear(lambda message: isinstance(message, Heartbeat) and message.load.state == "draining")
+        with pytest.raises(Draining):
+            await client.call(PrepRecv(request_id="q", sub_id="p2", prompt=prompt))
+        assert not engine.done()
+        sampling = SamplingParams(max_tokens=5)
+        body = StartGenerate(request_id="q", sub_id="g", prompt=prompt, lease=prepared.address.lease, sampling=sampling)
+        assert len((await read(client, body))[0]) == 5
+        async with asyncio.timeout(LIMIT):
+            await engine
+
+    run(work)
+
+
+def test_a_process_that_is_told_to_end_does_not_wait_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_on = threading.Event()
+
+    def slow(settings: EngineConfig) -> Executor:
+        read_on.wait(LIMIT)
+        return open_executor(settings)
+
+    async def body() -> None:
+        monkeypatch.setattr(daemon, "open_executor", slow)
+        lifecycle = Lifecycle()
+        engine = asyncio.create_task(serve(config("tcp://127.0.0.1:1", transport="loopback"), "e1", lifecycle))
+        await asyncio.sleep(0)
+        lifecycle.drain("SIGTERM")
+        async with asyncio.timeout(LIMIT / 4):
+            await engine
+
+    try:
+        asyncio.run(body())
+    finally:
+        read_on.set()
+
+
+@pytest.mark.parametrize("options", [{"transport": "nixl"}, {"require_link": "shm"}])
+def test_a_transport_that_is_demanded_and_cannot_be_had_is_a_configuration_error(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
+    monkeypatch.setattr(daemon, "open_transport", no_transport)
+    with pytest.raises(ConfigError, match="no such device"):
+        asyncio.run(serve(config("tcp://127.0.0.1:1", **options), "e1", Lifecycle()))
+
+
+def test_without_a_transport_it_serves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "open_transport", no_transport)
+
+    async def work(router: Router, lifecycle: Lifecycle, engine: asyncio.Task[None]) -> None:
+        announce, client = await router.dial()
+        assert isinstance(await client.call(generate("s", max_tokens=3)), Generated)
+        prompt = pack_tokens([1, 2, 3])
+        prepared = await client.call(PrepRecv(request_id="q", sub_id="p", prompt=prompt))
+        assert isinstance(prepared, Prepared)
+        with pytest.raises(TransferFailed, match="no transport"):
+            await client.call(RemoteSend(request_id="q", sub_id="r", prompt=prompt, address=prepared.address, begin=0))
+        assert prepared.address.engine_id == announce.info.engine_id
+        await client.call(Release(lease=prepared.address.lease))
+
+    run(work)
+
+
+def no_transport(*_arguments: object, **_options: object) -> None:
+    raise OSError("no such device")
 
 
 def test_the_fake_executor_is_sized_by_the_configuration() -> None:

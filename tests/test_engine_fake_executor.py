@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 from typing import TYPE_CHECKING
 
@@ -180,3 +181,16 @@ def test_layout_and_sizes() -> None:
     assert fake.model == model()
     fake.close()
     assert fake.sequences == 0
+
+
+def test_kv_copied_from_one_pool_into_another_goes_on_there() -> None:
+    here, there = executor(verify=True), executor(verify=True)
+    prompt = ints(*range(5, 17))
+    expected = fake_tokens(prompt, start(1, *prompt), model(), count=1)
+    run(here, StepPlan(1, (prefill(1, prompt[:8], 0, ints(3, 7, 2), None),), (start(1, *prompt),), ()))
+    memory, other = here.memory, there.memory
+    assert (memory.page_bytes, memory.total_pages) == (4 * 8, 16)
+    for source, target in ((3, 9), (7, 1)):
+        ctypes.memmove(other.address + target * other.page_bytes, memory.address + source * 32, 32)
+    last = prefill(1, prompt[8:], 8, ints(9, 1, 0), 0)
+    assert run(there, StepPlan(1, (last,), (start(1, *prompt),), ())) == expected

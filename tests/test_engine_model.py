@@ -16,7 +16,7 @@ from torch.nn import functional
 from microserve.engine.model.checkpoint import load_weights
 from microserve.engine.model.config import ARCHITECTURES, read_config
 from microserve.engine.model.decoder import Decoder
-from microserve.engine.model.kernels import Kernels, PackedKernels, TorchKernels, cpu_kernels
+from microserve.engine.model.kernels import Kernels, PackedKernels, TorchKernels, cpu_kernels, rotate
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.runtime.errors import CheckpointError
 
@@ -208,7 +208,13 @@ def test_whatever_a_config_says_it_is_read_or_refused(tmp_path: Path, arch: str,
 class _Contiguous:
     """Attention over the step's own tokens, without pages: the whole sequence at once."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __init__(self, decoder: Decoder, tokens: int) -> None:
+        self._heads = decoder.config.heads
+        self._cos, self._sin = decoder.cos[:tokens], decoder.sin[:tokens]
+
+    def attend(self, layer: int, turning: Tensor, value: Tensor) -> Tensor:
+        turned = rotate(turning, self._cos, self._sin)
+        query, key = turned[:, : self._heads], turned[:, self._heads :]
         group = query.shape[1] // key.shape[1]
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
@@ -222,7 +228,7 @@ def decode(folder: Path, ids: list[int], kernels: Kernels, dtype: torch.dtype = 
     weights = load_weights(folder, config, dtype=dtype, pack=kernels.pack)
     decoder = Decoder(config, weights, kernels, max_context=len(ids))
     with torch.inference_mode():
-        return decoder.logits(decoder.forward(torch.tensor(ids), torch.arange(len(ids)), _Contiguous()))
+        return decoder.logits(decoder.forward(torch.tensor(ids), _Contiguous(decoder, len(ids)))).float()
 
 
 def reference(folder: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,6 +19,7 @@ from tests.receiving_rig import KvRig
 from microserve.engine.outputs import Opened, Prepare
 from microserve.runtime.errors import (
     Busy,
+    Cancelled,
     Conflict,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -31,6 +32,7 @@ from microserve.runtime.messages import Generated
 
 if TYPE_CHECKING:
     from microserve.engine.outputs import CommitTicket
+    from microserve.engine.plan import Slice
     from microserve.engine.request import Request
     from microserve.kv.leases import Lease
 
@@ -118,7 +120,7 @@ class World:
         self.rng = rng
         self.rigs = [
             KvRig(
-                pages=rng.choice((14, 20, 33)),
+                pages=rng.choice((16, 24, 40)),
                 depth=depth,
                 share=rng.choice((0.5, 0.8)),
                 term=20.0,
@@ -150,9 +152,9 @@ class World:
         rng, rig = self.rng, self.rng.choice(self.rigs)
         chance = rng.random()
         try:
-            if chance < 0.12:
+            if chance < 0.1:
                 rig.submit(self._request(self.prompt(), rig.clock()))
-            elif chance < 0.35:
+            elif chance < 0.28:
                 prompt = self.prompt()
                 ticket = rig.prepare(
                     prompt,
@@ -161,21 +163,13 @@ class World:
                     admit_by=rng.choice((None, rig.clock() + 10.0)),
                 )
                 self.prepared.append((rig, ticket))
-            elif chance < 0.7 and self.leases:
+            elif chance < 0.85 and self.leases:
                 self._use(*rng.choice(self.leases))
-            elif chance < 0.72 and rig.seen:
-                self.seen["aborted"] += rig.abort(rng.choice(list(rig.seen)))
-            elif chance < 0.73 and rig.launched:
-                step = rig.launched.pop()
-                rig.executor.drop_newest()
-                rig.scheduler.fail(step, InternalError("the device is on fire"))
-                rig.read()
-            elif chance < 0.74 and len(rig.launched) > 1:
-                # The older of two: the newer one goes on above what was never written.
-                rig.executor.collect()
-                rig.scheduler.fail(rig.launched.popleft(), InternalError("the device is on fire"))
-                rig.read()
-            elif chance < 0.75:
+            elif chance < 0.87 and (live := [request for request in rig.seen if not request.final]):
+                self.seen["aborted"] += rig.abort(rng.choice(live))
+            elif chance < 0.875:
+                _lose_step(rig)
+            elif chance < 0.88:
                 rig.cache.evict()
         except (Busy, Conflict, ContextLengthExceeded, InvalidRequest, LeaseNotFound) as error:
             self.seen[error.code] += 1
@@ -202,7 +196,7 @@ class World:
                 last = rng.choice((pages, rng.randint(first + 1, pages)))
                 end = min(lease.end, lease.matched + last * PAGE)
                 sender = rng.choice((self.other(rig), self.other(rig), rig))
-                name = f"s{len(self.transfers)}"
+                name = f"s{rng.getrandbits(32)}"
                 begin = lease.matched + first * PAGE
                 self.transfers.append(Transfer(rng, sender, rig, lease, begin, end, name))
         elif chance < 0.8:
@@ -220,9 +214,9 @@ class World:
                 del rig.seen[request]
                 raise
             self.seen["started"] += 1
-        elif chance < 0.9:
+        elif chance < 0.88:
             self.commits.append((rig, rig.commit(lease, wait=rng.choice((0.0, 5.0, 30.0)))))
-        elif chance < 0.95:
+        elif chance < 0.94:
             begin = lease.matched + rng.randrange(3) * PAGE
             self.seen["forgo " + rig.receiving.forgo(lease.id, begin, lease.end, now)] += 1
         else:
@@ -237,10 +231,12 @@ class World:
                 self.prepared.remove((rig, ticket))
                 if isinstance(answer := rig.answers[ticket], Opened):
                     self.leases.append((rig, answer.lease))
-        self.leases = self.leases[-8:]
-        for transfer in self.transfers:
-            if self.rng.random() < 0.5:
+        self.leases = [(rig, lease) for rig, lease in self.leases if lease in rig.leases.owned_by("router")]
+        for transfer in self.transfers[:]:
+            if self.rng.random() < 0.7:
                 self.seen[transfer.move()] += 1
+                if transfer.over:
+                    self.transfers.remove(transfer)
         for rig in self.rigs:
             rig.turn(1.0)
             rig.step()
@@ -248,12 +244,32 @@ class World:
     def settle(self) -> None:
         """Everything ends, leases by their terms."""
         for transfer in self.transfers:
-            if transfer.request is not None:
-                transfer.end("the end")
+            transfer.end("the end")
         for _ in range(3):
             for rig in self.rigs:
                 rig.run()
                 rig.turn(400.0)
+
+
+def _lose_step(rig: KvRig) -> None:
+    """The executor fails in the oldest step; at depth 2, perhaps while the next one is launched on top of it."""
+    if len(rig.launched) < rig.executor.depth:
+        rig.launch()
+    if not rig.launched:
+        return
+    rig.executor.collect()
+    step = rig.launched.popleft()
+    garbage = [(page, p) for part in rig.plans[-2:] if part.step == step for s in part.slices for page, p in _written(s)]
+    for page, position in garbage:
+        rig.executor.pool[page, position] = 12345
+    rig.scheduler.fail(step, InternalError("the device is on fire"))
+    rig.read()
+    rig.scheduler.check_integrity()
+
+
+def _written(part: Slice) -> list[tuple[int, int]]:
+    """Where a slice writes: (page, position in it)."""
+    return [(int(part.pages[p // PAGE]), p % PAGE) for p in range(part.start, part.start + part.length)]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -275,7 +291,7 @@ def test_every_request_gets_the_models_tokens_and_every_page_comes_home(seed: in
                 received += seen.end.received_tokens
                 recomputed += seen.end.recomputed_tokens
             elif seen.end is not None:
-                assert isinstance(seen.end, Busy | DeadlineExceeded | InternalError | MicroserveError)
-    print(seed, depth, finished, received, recomputed, dict(world.seen))
-    assert finished > 10
-    assert world.seen["pushed"] > 5
+                assert isinstance(seen.end, Busy | Cancelled | DeadlineExceeded | InternalError)
+    assert finished > 5
+    assert received + recomputed > 0
+    assert world.seen["done"] > 0

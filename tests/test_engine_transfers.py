@@ -216,6 +216,25 @@ def test_stopped_before_it_ran_it_answers_everything(pair: tuple[End, End], hub:
     assert "one:1" not in hub.members
 
 
+class _Silent:
+    """A peer that never answers."""
+
+    def poll(self) -> LinkReport | None:
+        return None
+
+
+def test_a_connection_under_way_is_answered_when_it_stops(
+    pair: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+    monkeypatch.setattr(one.transport, "connect", lambda peer, metadata: _Silent())
+    one.connect(two)
+    one.turn()
+    assert one.reports.empty()
+    one.transfers.stop()
+    assert one.reports.get_nowait() == LinkReport("", error="the engine stops")
+
+
 class _Recorder:
     """In place of the event that wakes the thread: keeps how long it would have waited."""
 
@@ -247,7 +266,8 @@ def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
         return event.waits[-1]
 
     one.transfers._pause(True)
-    assert event.waits == [50e-6]
+    one.transfers._pause(False)
+    assert event.waits == pytest.approx([50e-6, 62.5e-6])
     assert longest() == 20e-3
     one.transfers.expect(2)
     one.transfers.expect(-1)

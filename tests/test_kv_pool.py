@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -33,3 +35,11 @@ def test_a_layer_view_writes_the_layers_slice_of_the_page_and_nothing_else() -> 
 def test_a_pool_without_pages_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one page"):
         PagePool(0, SHAPE)
+
+
+def test_as_plain_memory_it_is_the_tensors_bytes() -> None:
+    pool = PagePool(5, SHAPE)
+    memory = pool.memory
+    assert (memory.page_bytes, memory.total_pages, memory.device) == (SHAPE.page_bytes, 5, "cpu")
+    ctypes.memset(memory.address + 3 * memory.page_bytes, 0x3F, memory.page_bytes)
+    assert [float(pool.tensor[page].max()) for page in range(5)] == [0.0, 0.0, 0.0, pytest.approx(0.7470588), 0.0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.transfer_child import Child
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     Start = Callable[..., Child]
 
 PAGE = 1 << 16
-MANY = 2048
-"""Pages of 64 KiB: 128 MiB take a while over TCP."""
+MANY = 512
+"""Pages of 64 KiB: 32 MiB do not fit what TCP buffers."""
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def start() -> Iterator[Start]:
     """Starts a child over the given UCX transports."""
     with ExitStack() as stack:
 
-        def begin(name: str, *, fill: int, tls: str = "", pages: int = 64, **more: float) -> Child:
+        def begin(name: str, *, seed: int, tls: str = "", pages: int = 64, **more: Any) -> Child:
             env = {key: value for key, value in os.environ.items() if not key.startswith("UCX_")}
             if tls:
                 env["UCX_TLS"] = tls
-            child = Child(name, pages=pages, page_bytes=PAGE, fill=fill, env=env, **more)
+            child = Child(name, pages=pages, page_bytes=PAGE, seed=seed, env=env, **more)
             stack.callback(child.end)
             return child
 
@@ -41,7 +41,7 @@ def start() -> Iterator[Start]:
 
 @pytest.mark.parametrize(("tls", "kind"), [("", "shm"), ("tcp", "tcp")])
 def test_scattered_pages_arrive_byte_for_byte_and_the_link_says_what_it_is(start: Start, tls: str, kind: str) -> None:
-    one, two = start("one:1", fill=1, tls=tls), start("two:2", fill=2, tls=tls)
+    one, two = start("one:1", seed=1, tls=tls), start("two:2", seed=2, tls=tls)
     before = two.digest([3, 4])
     report = one.connect(two)
     assert (report["transport"], report["error"]) == (kind, "")
@@ -55,7 +55,7 @@ def test_scattered_pages_arrive_byte_for_byte_and_the_link_says_what_it_is(start
 
 
 def test_both_ways_at_once(start: Start) -> None:
-    one, two = start("one:1", fill=1), start("two:2", fill=2)
+    one, two = start("one:1", seed=1), start("two:2", seed=2)
     one.tell("connect", peer="two:2", metadata=two.metadata)
     two.tell("connect", peer="one:1", metadata=one.metadata)
     assert (one.hear("transport")["error"], two.hear("transport")["error"]) == ("", "")
@@ -67,7 +67,7 @@ def test_both_ways_at_once(start: Start) -> None:
 
 
 def test_a_peer_that_dies_during_a_push_fails_it(start: Start) -> None:
-    one, two = (start(name, fill=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
+    one, two = (start(name, seed=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
     assert one.connect(two)["error"] == ""
     pages = list(range(MANY))
     os.kill(two.process.pid, signal.SIGSTOP)  # so that it is under way for certain
@@ -79,13 +79,13 @@ def test_a_peer_that_dies_during_a_push_fails_it(start: Start) -> None:
     assert "two:2" in ended["error"]
     one.tell("push", peer="two:2", source=[0], target=[0], note="nobody there")
     assert one.hear("pushed")["pushed"] in ("failed", "refused")
-    other = start("two:3", fill=2, tls="tcp")
+    other = start("two:3", seed=2, tls="tcp")
     one.tell("disconnect", peer="two:2")
     assert one.connect(other)["error"] == ""
 
 
 def test_a_stopped_peer_leaves_a_push_under_way_and_going_on_completes_it(start: Start) -> None:
-    one, two = (start(name, fill=fill, tls="tcp", pages=MANY) for name, fill in (("one:1", 1), ("two:2", 2)))
+    one, two = (start(name, seed=seed, tls="tcp", pages=MANY) for name, seed in (("one:1", 1), ("two:2", 2)))
     assert one.connect(two)["error"] == ""
     pages = list(range(MANY))
     os.kill(two.process.pid, signal.SIGSTOP)
@@ -100,7 +100,7 @@ def test_a_stopped_peer_leaves_a_push_under_way_and_going_on_completes_it(start:
 
 
 def test_disconnecting_a_stopped_peer_fails_the_push_at_once(start: Start) -> None:
-    one, two = (start(name, fill=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
+    one, two = (start(name, seed=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
     assert one.connect(two)["error"] == ""
     pages = list(range(MANY))
     os.kill(two.process.pid, signal.SIGSTOP)
@@ -108,7 +108,7 @@ def test_disconnecting_a_stopped_peer_fails_the_push_at_once(start: Start) -> No
     one.hear("posted")
     one.tell("disconnect", peer="two:2")
     assert one.hear("pushed") == {"pushed": "failed", "error": "two:2 was disconnected"}
-    third = start("three:3", fill=3, tls="tcp")
+    third = start("three:3", seed=3, tls="tcp")
     assert one.connect(third)["error"] == ""
     one.tell("push", peer="three:3", source=[1], target=[1], note="alive")
     assert third.hear("arrived")["arrived"] == "alive"
@@ -116,10 +116,29 @@ def test_disconnecting_a_stopped_peer_fails_the_push_at_once(start: Start) -> No
 
 
 def test_a_peer_that_does_not_answer_is_not_waited_for_for_ever(start: Start) -> None:
-    one, two = (start(name, fill=1, tls="tcp", limit=0.5) for name in ("one:1", "two:2"))
+    one, two = (start(name, seed=1, tls="tcp", limit=0.5) for name in ("one:1", "two:2"))
     os.kill(two.process.pid, signal.SIGSTOP)
     report = one.connect(two)
     assert report["error"] == "two:2 did not answer within 0.5 s"
-    third = start("three:3", fill=3, tls="tcp")
+    third = start("three:3", seed=3, tls="tcp")
     assert one.connect(third)["error"] == ""
     two.process.kill()
+
+
+@pytest.mark.gpu
+def test_pages_go_from_gpu_to_gpu(start: Start) -> None:
+    """Between two GPUs where there are two, and between two processes on one where there is one."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    last = torch.cuda.device_count() - 1
+    one, two = start("one:1", seed=1, device="cuda:0"), start("two:2", seed=2, device=f"cuda:{last}")
+    before = two.digest([3, 4])
+    report = one.connect(two)
+    assert (report["transport"], report["error"]) == ("cuda_ipc", "")
+    for side in (one, two):
+        one.tell("push", peer=side.name, source=[5, 6, 7, 20, 9], target=[10, 11, 40, 41, 0], note="hello")
+        assert one.hear("pushed") == {"pushed": "done", "error": ""}
+        assert side.hear("arrived") == {"arrived": "hello", "peer": "one:1"}
+        assert side.digest([10, 11, 40, 41, 0]) == one.digest([5, 6, 7, 20, 9])
+    assert two.digest([3, 4]) == before

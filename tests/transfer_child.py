@@ -1,6 +1,6 @@
 """A process with a NIXL transport, told what to do by JSON lines on its standard input: one end of a real link.
 
-python -m tests.transfer_child NAME CONNECT_LIMIT PAGES PAGE_BYTES FILL
+python -m tests.transfer_child NAME DEVICE CONNECT_LIMIT PAGES PAGE_BYTES SEED
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ _LOOK = 0.0002
 
 
 class _Child:
-    def __init__(self, name: str, limit: float, pages: int, page_bytes: int, fill: int) -> None:
-        self.pool = np.full((pages, page_bytes), fill, dtype=np.uint8)
-        memory = KvMemory(self.pool.ctypes.data, page_bytes, pages, owner=self.pool)
+    def __init__(self, name: str, device: str, limit: float, pages: int, page_bytes: int, seed: int) -> None:
+        self.pool: Any = np.random.default_rng(seed).integers(0, 256, (pages, page_bytes), dtype=np.uint8)
+        address = self.pool.ctypes.data
+        if device != "cpu":
+            import torch  # takes longer than all the rest
+
+            self.pool = torch.from_numpy(self.pool).to(device)
+            address = self.pool.data_ptr()
+        memory = KvMemory(address, page_bytes, pages, device=device, owner=self.pool)
         self.transport = NixlTransport(memory, name, connect_limit=limit)
         self.connecting: list[Connecting] = []
         self.posts: list[Post] = []
@@ -69,7 +75,11 @@ class _Child:
         elif verb == "disconnect":
             self.transport.disconnect(order["peer"])
         elif verb == "digest":
-            self.say({"digest": digest(self.pool[order["pages"]])})
+            self.say({"digest": digest(self.pages(order["pages"]))})
+
+    def pages(self, numbers: list[int]) -> np.ndarray[Any, Any]:
+        chosen = self.pool[numbers]
+        return np.asarray(chosen if isinstance(chosen, np.ndarray) else chosen.cpu())
 
     def look(self) -> None:
         for peer, note in self.transport.arrivals():
@@ -96,11 +106,19 @@ class Child:
     """A running child, seen from the test."""
 
     def __init__(
-        self, name: str, *, pages: int, page_bytes: int, fill: int, env: Mapping[str, str], limit: float = LIMIT
+        self,
+        name: str,
+        *,
+        seed: int,
+        pages: int,
+        page_bytes: int,
+        env: Mapping[str, str],
+        device: str = "cpu",
+        limit: float = LIMIT,
     ) -> None:
         self.name = name
-        numbers = [str(limit), str(pages), str(page_bytes), str(fill)]
-        command = [sys.executable, "-m", "tests.transfer_child", name, *numbers]
+        numbers = [str(limit), str(pages), str(page_bytes), str(seed)]
+        command = [sys.executable, "-m", "tests.transfer_child", name, device, *numbers]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, env=dict(env)
         )
@@ -152,4 +170,4 @@ class Child:
 
 
 if __name__ == "__main__":
-    _Child(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:6])).run()
+    _Child(sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(int, sys.argv[4:7])).run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,13 +30,15 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def revision(folder: Path) -> str:
+def revision(folder: Path, *, dummy: bool = False) -> str:
     """A digest of what a checkpoint is: config.json, and of each weight file its size, header, first and last 64 KiB.
+
+    With `dummy`, of config.json alone.
 
     Reading all weights would cost seconds a start; the samples tell two fine-tunes of one model apart in practice.
     """
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *_weight_files(folder)]:
+    digest = hashlib.sha256(b"dummy" if dummy else b"")
+    for file in [folder / "config.json", *([] if dummy else _weight_files(folder))]:
         stat = file.stat()
         digest.update(f"{file.name}:{stat.st_size}:".encode())
         digest.update(_header(file) if file.suffix == ".safetensors" else file.read_bytes())
@@ -71,6 +73,36 @@ def load_weights(
         weights = _Loader(config, source, dtype, torch.device(device), pack).load()
         source.check_all_used(tied=config.tied_embeddings)
     return weights
+
+
+def dummy_weights(
+    config: DecoderConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    pack: Callable[[Tensor], Tensor] = lambda matrix: matrix,
+) -> DecoderWeights:
+    """Weights that are made up, of the right shapes: for measuring, where no checkpoint is at hand."""
+    return _Loader(config, _MadeUp(), dtype, torch.device(device), pack).load()
+
+
+class _Parts(Protocol):
+    """Where a loader finds tensors."""
+
+    def copy(self, name: str, target: Tensor) -> None: ...
+
+
+class _MadeUp:
+    """Norms are 1, biases 0, and matrices normal with a deviation that keeps hidden states of order 1."""
+
+    def copy(self, name: str, target: Tensor) -> None:
+        """Fills `target` with what `name` may be."""
+        if name.endswith("bias"):
+            target.zero_()
+        elif target.dim() == 1:
+            target.fill_(1.0)
+        else:
+            target.normal_(0.0, target.shape[1] ** -0.5)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -148,7 +180,7 @@ class _Loader:
     def __init__(
         self,
         config: DecoderConfig,
-        source: _Source,
+        source: _Parts,
         dtype: torch.dtype,
         device: torch.device,
         pack: Callable[[Tensor], Tensor],

@@ -57,37 +57,37 @@ class Decoder:
         self.config = config
         self.weights = weights
         self._kernels = kernels
-        self._cos, self._sin = _rotary_tables(config, max_context, weights.embedding)
-        self._query_heads = config.heads
+        self.cos, self.sin = _rotary_tables(config, max_context, weights.embedding)
+        """The rotary tables [max_context, 1, head_dim], for whoever attends."""
         self._split = [config.heads + config.kv_heads, config.kv_heads]
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states [tokens, hidden], before the last norm, of `tokens` at `positions` (both int64 [tokens])."""
-        config, kernels = self.config, self._kernels
+    def forward(self, tokens: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [tokens, hidden], after the last norm, of `tokens` (int64 [tokens]), whose positions
+        `attention` knows."""
+        config, kernels, layers = self.config, self._kernels, self.weights.layers
         eps, heads, head_dim = config.norm_eps, config.heads, config.head_dim
-        cos, sin = self._cos[positions], self._sin[positions]
         hidden = self.weights.embedding[tokens]
         count = tokens.shape[0]
-        for index, layer in enumerate(self.weights.layers):
-            normed = kernels.rms_norm(hidden, layer.input_norm, eps)
+        normed = kernels.rms_norm(hidden, layers[0].input_norm, eps)
+        for index, layer in enumerate(layers):
             qkv = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(count, -1, head_dim)
-            turned, value = torch.split(qkv, self._split, dim=1)
+            turning, value = torch.split(qkv, self._split, dim=1)
             if layer.query_norm is not None and layer.key_norm is not None:
-                query = kernels.rms_norm(turned[:, :heads], layer.query_norm, eps)
-                key = kernels.rms_norm(turned[:, heads:], layer.key_norm, eps)
-                turned = torch.cat((query, key), dim=1)
-            turned = kernels.rotate(turned, cos, sin)
-            attended = attention.attend(index, turned[:, :heads], turned[:, heads:], value)
-            hidden = hidden + kernels.linear(attended, layer.output, layer.output_bias)
-            normed = kernels.rms_norm(hidden, layer.mlp_norm, eps)
+                query = kernels.rms_norm(turning[:, :heads], layer.query_norm, eps)
+                key = kernels.rms_norm(turning[:, heads:], layer.key_norm, eps)
+                turning = torch.cat((query, key), dim=1)
+            attended = attention.attend(index, turning, value)
+            added = kernels.linear(attended, layer.output, layer.output_bias)
+            normed, hidden = kernels.add_rms_norm(added, hidden, layer.mlp_norm, eps)
             wide = kernels.silu_and_mul(kernels.linear(normed, layer.gate_up, layer.gate_up_bias))
-            hidden = hidden + kernels.linear(wide, layer.down, layer.down_bias)
-        return hidden
+            added = kernels.linear(wide, layer.down, layer.down_bias)
+            following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
+            normed, hidden = kernels.add_rms_norm(added, hidden, following, eps)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [rows, vocab] of hidden states [rows, hidden]."""
-        normed = self._kernels.rms_norm(hidden, self.weights.norm, self.config.norm_eps)
-        return self._kernels.linear(normed, self.weights.head, None).float()
+        """Logits [rows, vocab], in the model's dtype, of hidden states [rows, hidden] that `forward` gave."""
+        return self._kernels.linear(hidden, self.weights.head, None)
 
 
 def _rotary_tables(config: DecoderConfig, max_context: int, like: Tensor) -> tuple[Tensor, Tensor]:

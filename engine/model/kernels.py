@@ -24,22 +24,23 @@ class Kernels(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual). Both arguments may be overwritten."""
+        ...
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """silu(left half) * right half, along the last dimension."""
         ...
 
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary positions on `heads` [tokens, heads, head_dim]; `cos`, `sin` [tokens, 1, head_dim]."""
-        ...
-
 
 class Attention(Protocol):
-    """Attention of one step over the paged pool, prepared for that step's slices."""
+    """Attention of one step over the paged pool, prepared for that step's slices and their positions."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Stores key and value [tokens, kv_heads, head_dim] of `layer` in their pages, and attends.
+    def attend(self, layer: int, turning: Tensor, value: Tensor) -> Tensor:
+        """Rotates queries and keys, stores keys and values of `layer` in their pages, and attends.
 
-        `query` [tokens, heads, head_dim]; returns [tokens, heads * head_dim].
+        `turning` [tokens, heads + kv_heads, head_dim]: queries, then keys, not rotated yet; it may be overwritten.
+        `value` [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim].
         """
         ...
 
@@ -59,13 +60,19 @@ class TorchKernels:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return self.rms_norm(total, weight, eps), total
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        left, right = heads.chunk(2, dim=-1)
-        return torch.addcmul(heads * cos, torch.cat((-right, left), dim=-1), sin)
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on `heads` [tokens, heads, head_dim]; `cos`, `sin` [tokens, 1, head_dim]."""
+    left, right = heads.chunk(2, dim=-1)
+    return torch.addcmul(heads * cos, torch.cat((-right, left), dim=-1), sin)
 
 
 class PackedKernels(TorchKernels):

@@ -104,6 +104,7 @@ class NixlTransport:
         """Posts that count as failed and that UCX still works on."""
         self._closed = False
         self._journal = _journal()
+        self._bind()
         size = _SCRATCH[self._segment]
         self._scratch, self._scratch_owner = _allocate(2 * size, memory.device)
         os.environ["UCX_NET_DEVICES"] = devices

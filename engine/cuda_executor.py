@@ -1,0 +1,416 @@
+"""The executor of NVIDIA GPUs: FlashInfer attention, CUDA graphs for decodes, two steps in flight.
+
+`launch` enqueues a step and returns; `collect` waits for the oldest. A token that is sampled stays on the GPU, in its
+sequence's slot, where the next step finds it. A step of decodes alone replays a graph of the next larger captured batch
+size; rows that only pad it stand on a page that no sequence owns.
+
+What the CPU writes for the GPU to read (pinned) exists twice and is used in turn: with two steps in flight, the one
+before the last has been collected.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from microserve.engine.cuda_attention import PagedAttention, StepAttention
+from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays
+from microserve.engine.cuda_sampler import draw, on_device
+from microserve.engine.plan import Sampled, StepPlan, StepResult
+from microserve.engine.sampler import Sampler
+from microserve.runtime.errors import InternalError
+from microserve.runtime.log import get_logger
+from microserve.runtime.messages import Layout, ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from microserve.engine.model.decoder import Decoder
+    from microserve.engine.plan import SequenceStart
+    from microserve.kv.pool import PagePool
+    from microserve.kv.transfer.base import KvMemory
+
+_NOT_FINITE = "the model's logits are not finite numbers"
+
+_log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured decode step of `size` rows, its planned attention, and where its logits come out."""
+
+    size: int
+    graph: torch.cuda.CUDAGraph
+    wrapper: Any
+    logits: Tensor
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A launched step."""
+
+    step: int
+    samples: list[tuple[int, int]]
+    tokens: Tensor
+    """Pinned int32 [samples]: the tokens, once `done`; -1 where the logits were no numbers."""
+    done: Any
+    host_rows: list[int]
+    """Samples that the CPU draws, from `host_logits`."""
+    host_logits: Tensor | None
+    host_slots: Tensor | None
+    drawn: dict[int, Sampled] | None = None
+    """What the CPU drew, by row."""
+
+
+class CudaExecutor:
+    """Implements `Executor` on one GPU."""
+
+    depth = 2
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: PagePool,
+        model: ModelInfo,
+        *,
+        max_running: int,
+        step_tokens: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """The last page of `pool` is ours, for rows that pad a graph. `progress` is told of captured graphs."""
+        device = pool.tensor.device
+        self._decoder = decoder
+        self._pool = pool
+        self._model = model
+        self._device = device
+        self._attention = PagedAttention(decoder, pool)
+        self._pad_page = pool.total_pages - 1
+        self._slots: dict[int, int] = {}
+        self._starts: dict[int, SequenceStart] = {}
+        # Those that run, those that ended in a step in flight, sends, and one for padding.
+        self._slot_count = 4 * max_running + 64
+        self._free_slots = list(range(self._slot_count - 1))
+        self._last = torch.zeros(self._slot_count, dtype=torch.int64, device=device)
+        self._sampler = Sampler(decoder.config.vocab_size)
+        self._flights: deque[_Flight] = deque()
+        self._parity = 0
+        # One copy brings everything of a step: tokens take five places each, pages one.
+        self._capacity = 8 * (step_tokens + max_running) + 2 * pool.total_pages + 64 * max_running + 4096
+        self._staging = [torch.empty(self._capacity, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._device_staging = torch.zeros(self._capacity, dtype=torch.int32, device=device)
+        self._results = [torch.empty(max_running + step_tokens, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._make_graph_buffers(max_running)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        shape = pool.shape
+        self._layout = Layout(
+            model_revision=model.revision,
+            dtype=str(shape.dtype).removeprefix("torch."),
+            page_size=shape.page_size,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+        self._graphs: dict[int, _Graph] = {}
+        self._sizes = ladder(max_running)
+        with torch.inference_mode():
+            self._capture(progress)
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def total_pages(self) -> int:
+        return self._pool.total_pages - 1
+
+    @property
+    def memory(self) -> KvMemory:
+        return self._pool.memory
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan) -> None:
+        """Enqueues a step; waits only for tokens that the CPU has to draw."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for flight in self._flights:
+                self._draw_on_host(flight)
+            for sequence in plan.forgotten:
+                self._forget(sequence)
+            for start in plan.started:
+                self._start(start)
+            self._parity ^= 1
+            arrays = step_arrays(plan.slices, self._slots, self._pool.shape.page_size)
+            if len(arrays.prefill_last) == 0 and 0 < arrays.decodes <= self._sizes[-1]:
+                logits, tokens = self._decode(arrays)
+            else:
+                logits, tokens = self._mixed(arrays)
+            self._flights.append(self._sample(plan.step, arrays, logits, tokens))
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest launched step. Raises `InternalError` when there is none."""
+        if not self._flights:
+            raise InternalError("collect() without a launched step")
+        flight = self._flights.popleft()
+        if flight.host_rows and flight.drawn is None:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                self._draw_on_host(flight)
+        flight.done.synchronize()
+        sampled = [
+            Sampled(sequence, token) if token >= 0 else Sampled(sequence, 0, error=_NOT_FINITE)
+            for (sequence, _), token in zip(flight.samples, flight.tokens.tolist(), strict=True)
+        ]
+        for row, drawn in (flight.drawn or {}).items():
+            sampled[row] = drawn
+        return StepResult(flight.step, tuple(sampled))
+
+    def close(self) -> None:
+        self._flights.clear()
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+
+    def _start(self, start: SequenceStart) -> None:
+        self._starts[start.sequence] = start
+        if start.sequence not in self._slots:
+            self._slots[start.sequence] = self._free_slots.pop()
+        if not on_device(start.sampling):
+            self._sampler.start(start)
+
+    def _forget(self, sequence: int) -> None:
+        slot = self._slots.pop(sequence, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+        self._starts.pop(sequence, None)
+        self._sampler.forget(sequence)
+
+    # --- decodes alone -----------------------------------------------------------------------------------------------
+
+    def _make_graph_buffers(self, most: int) -> None:
+        """Where graphs read from: fixed places of one buffer, filled by one copy. The pages come behind."""
+        device = self._device
+        names = ("source", "positions", "pages", "slots", "indptr", "last")
+        self._places = {name: (index * (most + 8), most + 8) for index, name in enumerate(names)}
+        self._pages_place = len(names) * (most + 8)
+        self._graph_inputs = torch.zeros(
+            self._pages_place + 2 * self._pool.total_pages + most * 8, dtype=torch.int32, device=device
+        )
+        self._graph_staging = [
+            torch.zeros(self._graph_inputs.numel(), dtype=torch.int32, pin_memory=True) for _ in range(2)
+        ]
+        self._graph_arrays = [each.numpy() for each in self._graph_staging]
+        self._plan_indptr = torch.zeros(most + 1, dtype=torch.int32, device=device)
+        self._plan_last = torch.ones(most, dtype=torch.int32, device=device)
+        self._plan_pages = torch.zeros(self._graph_inputs.numel() - self._pages_place, dtype=torch.int32, device=device)
+        self._graph_tokens = torch.zeros(most, dtype=torch.int32, device=device)
+
+    def _input(self, name: str, size: int) -> Tensor:
+        place, _ = self._places[name]
+        return self._graph_inputs[place : place + size]
+
+    def _fill(self, arrays: StepArrays, size: int) -> None:
+        """Writes the inputs of a graph of `size` rows, and plans its attention."""
+        parity, staging = self._parity, self._graph_arrays[self._parity]
+        count, used = arrays.decodes, len(arrays.decode_pages)
+        padding = size - count
+        for name, values, pad in (
+            ("source", arrays.source, 0),
+            ("positions", arrays.positions, 0),
+            ("pages", arrays.pages, self._pad_page),
+            ("slots", arrays.sampled_slots, self._slot_count - 1),
+            ("last", arrays.decode_last, 1),
+        ):
+            place, _ = self._places[name]
+            staging[place : place + count] = values
+            staging[place + count : place + size] = pad
+        place, _ = self._places["indptr"]
+        staging[place : place + count + 1] = arrays.decode_indptr
+        staging[place + count + 1 : place + size + 1] = used + np.arange(1, padding + 1, dtype=np.int32)
+        behind = self._pages_place
+        staging[behind : behind + used] = arrays.decode_pages
+        staging[behind + used : behind + used + padding] = self._pad_page
+        length = behind + used + padding
+        pinned = self._graph_staging[parity]
+        self._graph_inputs[:length].copy_(pinned[:length], non_blocking=True)
+        last_place, _ = self._places["last"]
+        self._attention.plan_decode(
+            self._graphs[size].wrapper if size in self._graphs else self._capturing,
+            parity,
+            pinned[place : place + size + 1],
+            self._graph_inputs[behind:length],
+            pinned[last_place : last_place + size],
+        )
+
+    def _decode(self, arrays: StepArrays) -> tuple[Tensor, Tensor]:
+        size = next(size for size in self._sizes if size >= arrays.decodes)
+        self._fill(arrays, size)
+        graph = self._graphs[size]
+        graph.graph.replay()
+        return graph.logits, self._graph_tokens
+
+    def _graph_step(self, size: int) -> Tensor:
+        """What a graph of `size` rows does; its logits."""
+        attention = StepAttention(
+            self._attention, self._input("positions", size), self._input("pages", size), size, self._capturing, None
+        )
+        hidden = self._decoder.forward(self._ids(self._input("source", size)), attention)
+        logits = self._decoder.logits(hidden)
+        best, ids = logits.max(dim=-1)
+        self._last.index_copy_(0, self._input("slots", size).long(), ids)
+        self._graph_tokens[:size] = torch.where(torch.isfinite(best), ids, -1).int()
+        return logits
+
+    def _ids(self, source: Tensor) -> Tensor:
+        """Token ids int64 of `source`: as they are, or from the slot where the step before put them."""
+        known = source >= 0
+        return torch.where(known, source.long(), self._last[torch.where(known, 0, -1 - source)])
+
+    def _capture(self, progress: Callable[[int, int], None] | None) -> None:
+        """Captures a decode step for every size of the ladder, the largest first: the others share its memory."""
+        memory = None
+        sizes = sorted(self._sizes, reverse=True)
+        with torch.cuda.stream(self._stream):
+            for done, size in enumerate(sizes):
+                self._capturing = self._attention.graph_wrapper(
+                    self._plan_indptr[: size + 1], self._plan_pages, self._plan_last[:size]
+                )
+                self._fill(_pads(size, self._pad_page, self._slot_count - 1), size)
+                if done == 0:
+                    for _ in range(2):
+                        self._graph_step(size)
+                torch.cuda.synchronize(self._device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=memory, stream=self._stream):
+                    logits = self._graph_step(size)
+                memory = graph.pool()
+                self._graphs[size] = _Graph(size, graph, self._capturing, logits)
+                if progress is not None:
+                    progress(done + 1, len(sizes))
+        torch.cuda.synchronize(self._device)
+
+    # --- steps with prompts ------------------------------------------------------------------------------------------
+
+    def _mixed(self, arrays: StepArrays) -> tuple[Tensor, Tensor]:
+        staged = self._stage(
+            arrays.source,
+            arrays.positions,
+            arrays.pages,
+            arrays.decode_pages,
+            arrays.prefill_pages,
+            arrays.sampled_rows,
+            arrays.sampled_slots,
+        )
+        source, positions, pages, decode_pages, prefill_pages, rows, slots = staged
+        decode = prefill = None
+        if arrays.decodes:
+            decode = self._attention.plan_decode(
+                None, self._parity, _pinned(arrays.decode_indptr), decode_pages, _pinned(arrays.decode_last)
+            )
+        if len(arrays.prefill_last):
+            prefill = self._attention.plan_prefill(
+                self._parity,
+                _pinned(arrays.prefill_tokens),
+                _pinned(arrays.prefill_indptr),
+                prefill_pages,
+                _pinned(arrays.prefill_last),
+            )
+        attention = StepAttention(self._attention, positions, pages, arrays.decodes, decode, prefill)
+        hidden = self._decoder.forward(self._ids(source), attention)
+        if not len(arrays.sampled_rows):
+            return hidden[:0], self._graph_tokens[:0]
+        logits = self._decoder.logits(hidden[rows])
+        best, ids = logits.max(dim=-1)
+        self._last.index_copy_(0, slots.long(), ids)
+        return logits, torch.where(torch.isfinite(best), ids, -1).int()
+
+    def _stage(self, *arrays: np.ndarray) -> list[Tensor]:
+        """The arrays on the GPU, by one copy."""
+        staging = self._staging[self._parity].numpy()
+        at, places = 0, []
+        for array in arrays:
+            staging[at : at + len(array)] = array
+            places.append((at, at + len(array)))
+            at += -(-len(array) // 4) * 4
+        self._device_staging[:at].copy_(self._staging[self._parity][:at], non_blocking=True)
+        return [self._device_staging[begin:end] for begin, end in places]
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, step: int, arrays: StepArrays, logits: Tensor, tokens: Tensor) -> _Flight:
+        """Replaces the greedy choice where other settings ask for it, and sends the tokens on their way."""
+        count = len(arrays.samples)
+        result = self._results[self._parity][:count]
+        settings = [self._starts[sequence].sampling for sequence, _ in arrays.samples]
+        host = [row for row, each in enumerate(settings) if not on_device(each)]
+        drawn = [row for row, each in enumerate(settings) if each.temperature > 0.0 and on_device(each)]
+        if drawn:
+            rows = torch.tensor(drawn, pin_memory=True).to(self._device, non_blocking=True)
+            chosen = draw(
+                logits.index_select(0, rows),
+                [settings[row] for row in drawn],
+                [self._starts[arrays.samples[row][0]].seed for row in drawn],
+                [arrays.samples[row][1] for row in drawn],
+            )
+            slots = torch.from_numpy(arrays.sampled_slots[drawn].astype(np.int64)).pin_memory()
+            self._last.index_copy_(0, slots.to(self._device, non_blocking=True), chosen)
+            # A row whose best logit is no number keeps its -1.
+            kept = tokens.index_select(0, rows)
+            tokens.index_copy_(0, rows, torch.where(kept < 0, kept, chosen.int()))
+        host_logits = host_slots = None
+        if host:
+            rows = torch.tensor(host, pin_memory=True).to(self._device, non_blocking=True)
+            wide = logits.index_select(0, rows).float()
+            host_logits = torch.empty(wide.shape, dtype=torch.float32, pin_memory=True)
+            host_logits.copy_(wide, non_blocking=True)
+            host_slots = torch.from_numpy(arrays.sampled_slots[host].astype(np.int64))
+        result.copy_(tokens[:count], non_blocking=True)
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        done.record(self._stream)
+        return _Flight(step, arrays.samples, result, done, host, host_logits, host_slots)
+
+    def _draw_on_host(self, flight: _Flight) -> None:
+        """Draws the rows that need the CPU, and puts their tokens where the next step finds them."""
+        if not flight.host_rows or flight.drawn is not None or flight.host_logits is None:
+            return
+        flight.done.synchronize()
+        rows = [flight.samples[row] for row in flight.host_rows]
+        # One that has ended meanwhile is forgotten only by a later plan, so every row is known.
+        sampled = self._sampler.sample(flight.host_logits, rows)
+        flight.drawn = dict(zip(flight.host_rows, sampled, strict=True))
+        tokens = torch.tensor([each.token for each in sampled]).to(self._device)
+        if flight.host_slots is not None:
+            self._last.index_copy_(0, flight.host_slots.to(self._device), tokens)
+
+
+def _pads(size: int, page: int, slot: int) -> StepArrays:
+    """A step of rows that only pad."""
+    empty, zeros = np.empty(0, dtype=np.int32), np.zeros(size, dtype=np.int32)
+    pages = np.full(size, page, dtype=np.int32)
+    return StepArrays(
+        source=zeros,
+        positions=zeros,
+        pages=pages,
+        decodes=size,
+        decode_indptr=np.arange(size + 1, dtype=np.int32),
+        decode_last=np.ones(size, dtype=np.int32),
+        decode_pages=pages,
+        prefill_tokens=empty,
+        prefill_indptr=empty,
+        prefill_last=empty,
+        prefill_pages=empty,
+        sampled_rows=zeros,
+        sampled_slots=np.full(size, slot, dtype=np.int32),
+        samples=[],
+    )
+
+
+def _pinned(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).pin_memory()

@@ -1,0 +1,126 @@
+"""Opens the GPU executor: weights, a pool of what memory is left after the worst step, captured graphs."""
+
+from __future__ import annotations
+
+import gc
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from microserve.engine.model.checkpoint import dummy_weights, load_weights
+from microserve.engine.model.config import read_config
+from microserve.engine.model.decoder import Decoder
+from microserve.engine.progress import progress_bar
+from microserve.engine.torch_executor import describe
+from microserve.kv.pool import PagePool, PageShape
+from microserve.runtime.errors import ConfigError
+from microserve.runtime.log import get_logger
+from microserve.runtime.models import resolve_model
+from microserve.runtime.settings import DEFAULT_KV_MEMORY, parse_size
+
+if TYPE_CHECKING:
+    from microserve.engine.cuda_executor import CudaExecutor
+    from microserve.runtime.settings import EngineConfig
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPARE = 1 << 30
+"""Bytes left for what the profile does not see: graphs, libraries, transfers."""
+
+_log = get_logger(__name__)
+
+
+def cuda_device(name: str) -> torch.device | None:
+    """The GPU that `device` names; None when it names none, or "auto" finds none."""
+    if name == "auto":
+        return torch.device("cuda:0") if torch.cuda.is_available() else None
+    if not name.startswith("cuda"):
+        return None
+    device = torch.device(name if ":" in name else f"{name}:0")
+    count = torch.cuda.device_count()
+    if device.index is None or device.index >= count:
+        raise ConfigError(f"device {name!r}: this machine has {count} GPUs that torch can use")
+    return device
+
+
+def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: bool) -> CudaExecutor:
+    """Loads the checkpoint that `config` names onto `device`.
+
+    `progress` draws bars on standard error. Raises `CheckpointError` and `ConfigError`.
+    """
+    if find_spec("flashinfer") is None:
+        raise ConfigError(
+            "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch, "
+            "which serves on this GPU without it, slowly"
+        )
+    began = time.monotonic()
+    folder = Path(resolve_model(config.model))
+    model = read_config(folder)
+    if config.dtype == "float32":
+        raise ConfigError("dtype float32: the cuda executor computes in bfloat16 or float16")
+    dtype = _DTYPES[config.dtype if config.dtype != "auto" else "bfloat16"]
+    max_context = min(config.max_context or model.max_context, model.max_context)
+    torch.cuda.set_device(device)
+    with progress_bar(progress, "loading weights") as report:
+        if config.dummy_weights:
+            weights = dummy_weights(model, dtype=dtype, device=device)
+        else:
+            weights = load_weights(folder, model, dtype=dtype, device=device, progress=report)
+    loaded = time.monotonic()
+    # FlashInfer and Triton are looked for only here: their kernels may have to be compiled first.
+    from microserve.engine.cuda_executor import CudaExecutor
+    from microserve.engine.cuda_profile import worst_step_bytes
+    from microserve.engine.model.cuda_kernels import CudaKernels
+
+    decoder = Decoder(model, weights, CudaKernels(), max_context=max_context)
+    shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
+    peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
+    profiled = time.monotonic()
+    pages = _pool_pages(config, shape, device, peak, max_context)
+    pool = PagePool(pages, shape, device=device)
+    info = describe(
+        model,
+        folder,
+        name=config.model_name or folder.name,
+        max_context=max_context,
+        dummy=config.dummy_weights,
+    )
+    with progress_bar(progress, "capturing graphs") as report:
+        executor = CudaExecutor(
+            decoder, pool, info, max_running=config.max_running, step_tokens=config.step_tokens, progress=report
+        )
+    _log.info(
+        "gpu ready",
+        device=str(device),
+        pages=pages - 1,
+        kv_gib=round(pool.nbytes / 2**30, 1),
+        worst_step_gib=round(peak / 2**30, 2),
+        load_s=round(loaded - began, 2),
+        profile_s=round(profiled - loaded, 2),
+        capture_s=round(time.monotonic() - profiled, 2),
+    )
+    gc.collect()
+    return executor
+
+
+def _pool_pages(config: EngineConfig, shape: PageShape, device: torch.device, peak: int, max_context: int) -> int:
+    """Pages of the pool, the one for padding included."""
+    if config.kv_pages is not None:
+        return config.kv_pages + 1
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(total * config.gpu_memory) - (total - free) - peak - _SPARE
+    if config.kv_memory != DEFAULT_KV_MEMORY:
+        room = min(room, parse_size(config.kv_memory))
+    pages = shape.pages_in(max(0, room))
+    least = -(-max_context // config.page_size)
+    if pages < 16:
+        raise ConfigError(
+            f"{device} has {free / 2**30:.1f} GiB free; the worst step needs {peak / 2**30:.1f} and no page is left: "
+            "lower step_tokens or max_running, or raise gpu_memory"
+        )
+    if pages < least:
+        _log.warning("the pool is smaller than one request at its longest", pages=pages, longest=least)
+    return pages

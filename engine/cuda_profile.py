@@ -1,0 +1,57 @@
+"""How much memory the worst step takes: measured on a throw-away pool, so that no step finds the limit by failing."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from microserve.engine.cuda_attention import PagedAttention, StepAttention
+from microserve.kv.pool import PagePool, PageShape
+
+if TYPE_CHECKING:
+    from microserve.engine.model.decoder import Decoder
+
+
+def worst_step_bytes(
+    decoder: Decoder, shape: PageShape, device: torch.device, step_tokens: int, max_running: int
+) -> int:
+    """Bytes that a step of one prompt of `step_tokens` tokens needs above the weights, with logits of `max_running`
+    rows and a sorted copy of them, as top-p needs."""
+    tokens = min(step_tokens, decoder.cos.shape[0])
+    pages = -(-tokens // shape.page_size)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        pool = PagePool(pages + 1, shape, device=device)
+        attention = PagedAttention(decoder, pool)
+        indices = torch.arange(pages, dtype=torch.int32, device=device)
+        prefill = attention.plan_prefill(
+            0,
+            torch.tensor([0, tokens], dtype=torch.int32),
+            torch.tensor([0, pages], dtype=torch.int32),
+            indices,
+            torch.tensor([(tokens - 1) % shape.page_size + 1], dtype=torch.int32),
+        )
+        positions = np.arange(tokens, dtype=np.int32)
+        step = StepAttention(
+            attention,
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(positions // shape.page_size).to(device),
+            0,
+            None,
+            prefill,
+        )
+        hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
+        logits = decoder.logits(hidden[: min(tokens, max_running)])
+        torch.softmax(logits.float(), dim=-1).sort(dim=-1, descending=True)
+        torch.cuda.synchronize(device)
+    # The pool and the workspaces are among it: the real ones take their place.
+    peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes
+    del pool, attention, prefill, step, hidden, logits, indices
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak

@@ -1,0 +1,220 @@
+"""The strategies compared: TTFT, TPOT and JCT by request rate, on engines that take as long as an 8B model on an H200.
+
+Router core, strategies, engines' verbs, schedulers, leases and sends are the real ones; time is virtual (see
+`tests.simulation`), so the figures are those of the latency model and of every decision that our code makes, exactly
+repeatable, and not of this machine. What our code itself takes, and the network under the bus, count as nothing.
+
+The workload and the form are those of the paper (arXiv 2412.12488, section 5): prompts of 3,000 tokens, answers of 100,
+Poisson arrivals, rates up to saturation; the same engines for every strategy.
+
+    python -m perf.strategies                     # two engines; writes perf/strategies.png
+    python -m perf.strategies --engines 4 --plot four.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tests.simulation import Deployment
+from tests.virtual_time import run_virtual
+
+from microserve.router.core import GenerationSpec
+from microserve.runtime.config import FakeConfig
+from microserve.runtime.errors import MicroserveError
+from microserve.runtime.messages import SamplingParams
+from perf.harness import Benchmark, Sample
+from perf.load import Job, Outcome, Summary, fixed, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from microserve.router.strategy import SettingValue
+
+_VOCABULARY = 30_000
+_METRICS = ("TTFT", "TPOT", "JCT")
+_KINDS = ("mean", "p99")
+
+# An 8B model in bfloat16 on an H200: a decode step reads 16 GB of weights in 4.3 ms and, for each sequence of 3,000
+# tokens, 0.4 GB of KV in 0.1 ms; a chunk of 2,048 prompt tokens takes 46 ms in all. KV is 0.131 MB a token, and a link
+# moves 300 GB/s.
+STEP_TOKENS = 2048
+MODEL = FakeConfig(
+    decode_base_us=4300,
+    decode_us_per_sequence=100,
+    prefill_us_per_token=(46_000 - 4300) / STEP_TOKENS,
+    vocab_size=_VOCABULARY,
+)
+PAGE = 16
+SECONDS_PER_PAGE = PAGE * 0.131e6 / 300e9
+PAGES = 32_768
+"""2 MiB each: a pool of 64 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One strategy with its settings. `prefill` is the share of the engines that carry the label "prefill"."""
+
+    name: str
+    strategy: str
+    settings: dict[str, SettingValue] = field(default_factory=dict)
+    prefill: float = 0.0
+
+    def engines(self, count: int) -> dict[str, dict[str, str]]:
+        """Labels by engine name."""
+        split = round(count * self.prefill)
+        label = ["prefill"] * split + ["decode"] * (count - split) if split else [""] * count
+        return {f"e{number}": {each: "yes"} if each else {} for number, each in enumerate(label)}
+
+
+CASES = (
+    Case("data parallel", "data_parallel"),
+    Case("prefill-decode", "prefill_decode", prefill=0.5),
+    Case("balanced 0.1", "balanced", {"ratio": 0.1}, prefill=0.5),
+    Case("balanced 0.2", "balanced", {"ratio": 0.2}, prefill=0.5),
+    Case("balanced 0.37", "balanced", {"ratio": 0.37}, prefill=0.5),
+)
+
+
+async def serve(case: Case, engines: int, jobs: Sequence[Job]) -> list[Outcome]:
+    """What each job saw, in virtual seconds. Afterwards nothing may be left anywhere."""
+    async with Deployment(
+        case.engines(engines),
+        fake=MODEL,
+        seconds_per_page=SECONDS_PER_PAGE,
+        router={
+            "strategy": case.strategy,
+            "strategy_settings": case.settings,
+            "max_active": 100_000,
+            "request_timeout": 3600.0,
+        },
+        verify=False,
+        kv_pages=PAGES,
+        page_size=PAGE,
+        step_tokens=STEP_TOKENS,
+        max_running=256,
+        max_waiting=100_000,
+    ) as deployment:
+        began = deployment.clock()
+
+        async def one(number: int, job: Job) -> Outcome:
+            await asyncio.sleep(began + job.at - deployment.clock())
+            sent, stamps, count = deployment.clock(), [], 0
+            sampling = SamplingParams(max_tokens=job.output_tokens, temperature=0, ignore_eos=True)
+            prompt = np.array(job.prompt, dtype=np.int32)
+            try:
+                async for chunk in deployment.core.generate(GenerationSpec(f"r{number}", "", prompt, sampling)):
+                    if chunk.tokens:
+                        stamps.append(deployment.clock())
+                        count += len(chunk.tokens)
+            except MicroserveError as error:
+                ended = deployment.clock()
+                return Outcome(ended - sent, ended - sent, count, (), f"{error.code}: {error.message}")
+            gaps = tuple(np.diff(stamps).tolist())
+            return Outcome(stamps[0] - sent, stamps[-1] - sent, count, gaps)
+
+        outcomes = await asyncio.gather(*(one(number, job) for number, job in enumerate(jobs)))
+        await deployment.settle_whole()
+        return list(outcomes)
+
+
+def main() -> None:
+    bench = Benchmark("strategies", "strategies compared in virtual time: 8B on H200, by request rate")
+    args = _arguments(bench)
+    results: dict[str, dict[float, list[Summary]]] = {}
+    for case in CASES:
+        for rate in args.rates:
+            found = results.setdefault(case.name, {}).setdefault(rate, [])
+            for seed in range(args.repeat):
+                jobs = fixed(
+                    args.requests,
+                    rate=rate,
+                    seed=seed,
+                    vocab=_VOCABULARY,
+                    prompt_tokens=args.prompt,
+                    output_tokens=args.output,
+                )
+                outcomes = run_virtual(serve(case, args.engines, jobs))
+                if errors := {outcome.error for outcome in outcomes if outcome.error}:
+                    raise SystemExit(f"{case.name} at {rate:g}/s failed: {errors}")
+                found.append(summarize(jobs, outcomes, slo_ttft=0.5, slo_tpot=0.02))
+            _rows(bench, case.name, rate, found)
+    bench.finish(args)
+    _tables(results)
+    _plot(args.plot, results, f"{args.engines} engines, {args.prompt} in, {args.output} out")
+
+
+def _arguments(bench: Benchmark) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--engines", type=int, default=2, help="engines of every strategy")
+    parser.add_argument(
+        "--rates", type=_rates, default=[2.0, 6.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0], help="requests a second"
+    )
+    parser.add_argument("--requests", type=int, default=300, help="requests of one run")
+    parser.add_argument("--prompt", type=int, default=3000, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=100, help="output tokens")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".png"), help="where the plot goes")
+    parser.add_argument("--quick", action="store_true", help="few requests at two rates: shows that it works")
+    args = bench.arguments(parser, repeat=1, warmup=0)
+    if args.quick:
+        args.rates, args.requests, args.repeat = [4.0, 12.0], 40, 1
+    return args
+
+
+def _rates(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _figure(summaries: list[Summary], metric: str, kind: str) -> Sample:
+    """In milliseconds, a value a seed."""
+    return Sample(tuple(summary.metrics[metric][kind] * 1e3 for summary in summaries))
+
+
+def _rows(bench: Benchmark, name: str, rate: float, summaries: list[Summary]) -> None:
+    for metric in _METRICS:
+        for kind in _KINDS:
+            bench.row(f"{name}, {rate:g}/s: {metric} {kind}", _figure(summaries, metric, kind), unit="ms")
+
+
+def _tables(results: dict[str, dict[float, list[Summary]]]) -> None:
+    rates = sorted({rate for by_rate in results.values() for rate in by_rate})
+    for metric in _METRICS:
+        print(f"\n{metric}, mean / P99, ms\n")
+        print("| requests/s | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
+        print("|---|" + "---:|" * len(rates))
+        for name, by_rate in results.items():
+            cells = [
+                " / ".join(f"{_figure(by_rate[rate], metric, kind).median:.3g}" for kind in _KINDS) for rate in rates
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _plot(path: Path, results: dict[str, dict[float, list[Summary]]], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(_KINDS), len(_METRICS), figsize=(4 * len(_METRICS), 3 * len(_KINDS)))
+    for row, kind in zip(axes, _KINDS, strict=True):
+        for axis, metric in zip(row, _METRICS, strict=True):
+            for name, by_rate in results.items():
+                rates = sorted(by_rate)
+                axis.plot(
+                    rates, [_figure(by_rate[rate], metric, kind).median for rate in rates], marker="o", label=name
+                )
+            axis.set(title=f"{metric}, {kind}", xlabel="requests/s", ylabel="ms", yscale="log")
+            axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(f"8B on H200, latency model: {title}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"\nplot: {path}")
+
+
+if __name__ == "__main__":
+    main()

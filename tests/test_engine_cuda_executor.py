@@ -1,0 +1,218 @@
+"""The GPU executor against `transformers`, through the real scheduler with two steps in flight. Needs a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from microserve.engine.model.random_checkpoint import write_random_checkpoint
+from microserve.engine.request import Request
+from microserve.engine.scheduler import Limits, Scheduler
+from microserve.kv.cache import KvCache
+from microserve.runtime.clock import ManualClock
+from microserve.runtime.codec import unpack_tokens
+from microserve.runtime.config import EngineConfig
+from microserve.runtime.messages import Generated, SamplingParams, TokenLogprobs, Tokens
+from tests.oracle_rig import Oracle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.gpu
+
+CASES: dict[str, dict[str, Any]] = {
+    "heads-of-128": {
+        "arch": "llama",
+        "hidden_size": 512,
+        "head_dim": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+    "heads-of-64": {
+        "arch": "llama",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "qwen2": {"arch": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {"arch": "qwen3", "hidden_size": 256, "head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+ROUNDING = 0.25
+"""Log probabilities of two bf16 programs on these models differ by less."""
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end: Generated | Exception | None = None
+
+
+class Serving:
+    """The executor under the scheduler: step n + 1 is launched before step n is collected."""
+
+    def __init__(self, checkpoint: Path, *, pages: int = 512, step_tokens: int = 256, max_running: int = 24) -> None:
+        from microserve.engine.cuda_open import open_cuda_executor
+
+        config = EngineConfig(
+            model=str(checkpoint), kv_pages=pages, executor="cuda", step_tokens=step_tokens, max_running=max_running
+        )
+        self.executor = open_cuda_executor(config, torch.device("cuda:0"), progress=False)
+        self.cache = KvCache(self.executor.total_pages, config.page_size, clock=ManualClock())
+        limits = Limits(max_running, 1000, step_tokens, self.executor.model.max_context)
+        self.scheduler = Scheduler(self.cache, limits, eos_token_ids=self.executor.model.eos_token_ids)
+        self.answers: dict[Request, Answer] = {}
+
+    def run(self, prompts: Sequence[np.ndarray], counts: Sequence[int], **sampling: Any) -> list[Answer]:
+        requests = []
+        for prompt, count in zip(prompts, counts, strict=True):
+            settings = SamplingParams(**{"temperature": 0.0, "max_tokens": count, "ignore_eos": True, **sampling})
+            requests.append(Request(prompt.astype(np.int32), settings, seed=settings.seed or 0))
+        for request in requests:
+            self.answers[request] = Answer()
+            self.scheduler.submit(request, 0.0)
+        launched = 0
+        while True:
+            plan = self.scheduler.schedule(0.0)
+            if plan is not None:
+                self.executor.launch(plan)
+                launched += 1
+            if launched and (plan is None or launched >= 2):
+                self.scheduler.complete(self.executor.collect(), 0.0)
+                launched -= 1
+            elif plan is None:
+                break
+            self._read()
+        self.scheduler.check_integrity()
+        pages = self.cache.statistics()
+        assert pages.free + pages.cached == pages.total, "pages are left behind"
+        return [self.answers.pop(request) for request in requests]
+
+    def _read(self) -> None:
+        for output in self.scheduler.take_outputs():
+            assert isinstance(output.request, Request)
+            answer, body = self.answers[output.request], output.body
+            if isinstance(body, Tokens):
+                answer.tokens.extend(unpack_tokens(body.ids).tolist())
+                answer.logprobs.extend(body.logprobs or [])
+            else:
+                assert isinstance(body, Generated | Exception)
+                answer.end = body
+
+
+class RoundedOracle(Oracle):
+    """`transformers` in float32, with weights that were rounded to bfloat16 as ours are."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        self.model = self.model.to(torch.bfloat16).to(torch.float32)
+
+    def check_near(self, prompt: np.ndarray, answer: Answer, count: int) -> None:
+        """Every token is the oracle's best, or within rounding of it."""
+        assert isinstance(answer.end, Generated), answer.end
+        assert len(answer.tokens) == count
+        reference = self.logprobs(prompt, answer.tokens)
+        for position, token in enumerate(answer.tokens):
+            gap = float(reference[position].max() - reference[position, token])
+            assert gap < ROUNDING, f"token {position} is {gap} below the best"
+        for position, entry in enumerate(answer.logprobs):
+            assert abs(entry.logprob - float(reference[position, answer.tokens[position]])) < ROUNDING
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return write_random_checkpoint(folder, scale=0.08, seed=7, **CASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def serving(checkpoint: Path) -> Iterator[Serving]:
+    made = Serving(checkpoint)
+    yield made
+    made.executor.close()
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> RoundedOracle:
+    return RoundedOracle(checkpoint)
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, length) for length in lengths]
+
+
+def test_mixed_batches_of_odd_lengths_are_those_of_transformers(serving: Serving, oracle: RoundedOracle) -> None:
+    given = prompts([1, 2, 15, 16, 17, 31, 33, 100, 129, 200])
+    counts = [5, 40, 3, 17, 1, 33, 12, 20, 9, 30]
+    for prompt, count, answer in zip(given, counts, serving.run(given, counts), strict=True):
+        oracle.check_near(prompt, answer, count)
+
+
+def test_prompts_longer_than_a_step_come_in_chunks(serving: Serving, oracle: RoundedOracle) -> None:
+    given = prompts([300, 5, 450], seed=1)
+    for prompt, answer in zip(given, serving.run(given, [8, 60, 8]), strict=True):
+        oracle.check_near(prompt, answer, 60 if len(prompt) == 5 else 8)
+
+
+def test_more_requests_than_places_and_every_graph(serving: Serving, oracle: RoundedOracle) -> None:
+    lengths = [3 + i % 29 for i in range(60)]
+    given = prompts(lengths, seed=2)
+    counts = [1 + i % 13 for i in range(60)]
+    for prompt, count, answer in zip(given, counts, serving.run(given, counts), strict=True):
+        oracle.check_near(prompt, answer, count)
+
+
+def test_a_cached_prefix_gives_the_same_answer(serving: Serving, oracle: RoundedOracle) -> None:
+    (prompt,) = prompts([80], seed=3)
+    first = serving.run([prompt], [10])[0]
+    again = serving.run([prompt], [10])[0]
+    assert isinstance(again.end, Generated)
+    assert again.end.usage.cached_tokens == 64
+    oracle.check_near(prompt, first, 10)
+    oracle.check_near(prompt, again, 10)
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_runs(serving: Serving) -> None:
+    (prompt,) = prompts([20], seed=4)
+    settings = {"temperature": 0.8, "seed": 42, "top_p": 0.9, "top_k": 40}
+    alone = serving.run([prompt], [20], **settings)[0].tokens
+    assert len(set(alone)) > 3
+    serving.cache.evict()
+    assert serving.run([prompt], [20], **settings)[0].tokens == alone
+
+
+def test_settings_of_the_cpu_sampler_work_beside_those_of_the_gpu(serving: Serving, oracle: RoundedOracle) -> None:
+    given = prompts([9, 30, 12], seed=5)
+    with_logprobs = serving.run(given, [12, 12, 12], logprobs=3)
+    for prompt, answer in zip(given, with_logprobs, strict=True):
+        assert len(answer.logprobs) == 12
+        oracle.check_near(prompt, answer, 12)
+    banned = serving.run(given[:1], [12], logit_bias={token: -100.0 for token in with_logprobs[0].tokens})[0]
+    assert not set(banned.tokens) & set(with_logprobs[0].tokens)
+
+
+def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, oracle: RoundedOracle) -> None:
+    small = Serving(checkpoint, pages=24, max_running=6, step_tokens=64)
+    given = prompts([40, 41, 42, 43, 44], seed=6)
+    for prompt, answer in zip(given, small.run(given, [60] * 5), strict=True):
+        oracle.check_near(prompt, answer, 60)
+    assert small.scheduler.statistics()["scheduler_preemptions"] > 0
+    small.executor.close()
+
+
+def test_steps_leave_no_memory_behind(serving: Serving) -> None:
+    given = prompts([17, 100, 33], seed=7)
+    serving.run(given, [20] * 3)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        serving.run(given, [20] * 3)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
