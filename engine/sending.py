@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from microserve.engine.checks import Range, check_prompt, check_range
+from microserve.engine.checks import Range, check_finite, check_prompt, check_range
 from microserve.engine.outputs import Computed, Ready
 from microserve.engine.peers import layout_difference
 from microserve.engine.request import Request
@@ -159,6 +159,7 @@ class Sends:
         """Begins a send that the book does not know. Raises the refusal."""
         info = self._info()
         tokens, range = self._check(body, info)
+        deadline = check_finite(call.deadline, "budget")
         sub = self._book.open(call, body.sub_id, send_key(body))
         if not range.length:
             sub.reply(SendReport(computed=0, reused=0, bytes=0, seconds=0.0))
@@ -168,8 +169,8 @@ class Sends:
         sub.stop = lambda error: self._fail(send, error)
         self._live.add(send)
         self._sinks[send.request] = lambda output: self._take(send, output)
-        if call.deadline is not None:
-            self._expire_at(send, call.deadline, "the time of the send is over")
+        if deadline is not None:
+            self._expire_at(send, deadline, "the time of the send is over")
         self._steps.ask(lambda: self._submit(send.request), lambda error: self._submitted(send, error))
 
     def _check(self, body: RemoteSend, info: EngineInfo) -> tuple[TokenArray, Range]:

@@ -22,6 +22,16 @@ _JOIN_LIMIT = 5.0
 _ALLOWED_THREADS = ("pydevd", "ThreadPoolExecutor", "tokenizers", "QueueFeederThread", "pytest_timeout")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the GPU are there only where a GPU is."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+
+
 class _Tracked:
     """The ZMQ sockets and event loops that are made while the tests run."""
 

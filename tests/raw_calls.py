@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from microserve.runtime.codec import from_info, unpack_tokens
-from microserve.runtime.messages import Batch, Call, Failure, Finished, Generated, Part, Reply, TextChunk, Tokens
+from microserve.runtime.messages import Batch, Call, Cancel, Failure, Finished, Generated, Part, Reply, TextChunk, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +60,11 @@ class Recorder:
         self.tokens[id] = []
         self.terminals[id] = []
         self._session.send(Call(id=id, body=body))
+
+    def cancel(self, id: int) -> None:
+        """Its terminal is still awaited."""
+        assert self._session is not None
+        self._session.send(Cancel(id=id))
 
     @property
     def open(self) -> list[int]:

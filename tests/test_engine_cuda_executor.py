@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from tests.oracle_rig import Oracle
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.engine.request import Request
@@ -17,7 +18,6 @@ from microserve.runtime.clock import ManualClock
 from microserve.runtime.codec import unpack_tokens
 from microserve.runtime.config import EngineConfig
 from microserve.runtime.messages import Generated, SamplingParams, TokenLogprobs, Tokens
-from tests.oracle_rig import Oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,0 +1,144 @@
+"""Random requests under strategies that change, and what must hold of each of them; over whichever bus."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tests.raw_calls import Recorder
+
+from microserve.engine.fake_executor import fake_model, fake_tokens
+from microserve.engine.plan import SequenceStart
+from microserve.runtime.codec import pack_tokens
+from microserve.runtime.config import EngineConfig
+from microserve.runtime.errors import Cancelled, Unavailable
+from microserve.runtime.messages import Generate, Reply, SamplingParams, SetStrategy, StrategySet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FOLDER = Path(__file__).parent / "strategies"
+"""What is mixed here."""
+
+MIX: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("alone", {}),
+    ("moved", {}),
+    ("moved", {"ratio": 0.1}),
+    ("moved", {"ratio": 0.37, "wait": True}),
+    ("moved", {"ratio": 1.0}),
+    ("shared", {}),
+    ("migrated", {}),
+    ("hedged", {}),
+    ("wasteful", {}),
+)
+CHANGES_EVERY = 0.5
+_MODEL = fake_model(EngineConfig(model="tokens-only", executor="fake"))
+_SET = 1_000_000
+"""Ids of the calls that change the strategy begin here."""
+
+
+class Asked(NamedTuple):
+    prompt: list[int]
+    count: int
+    cancelled: list[bool]
+    """Whether it has been, so far."""
+
+
+def reference(prompt: Sequence[int], count: int) -> list[int]:
+    """What a fake engine answers, wherever the KV comes from."""
+    tokens = np.asarray(prompt, dtype=np.int32)
+    start = SequenceStart(0, tokens, len(tokens), SamplingParams(), 0, _MODEL.eos_token_ids)
+    return fake_tokens(tokens, start, _MODEL, count=count)
+
+
+class Soak:
+    """So many requests, at most `in_flight` at once, of which a third is cancelled at some moment.
+
+    Make it, dial the router with `recorder`, `run`, then `check`.
+    """
+
+    def __init__(self, count: int, *, in_flight: int, seed: int, longest: int = 600, patience: float = 0.3) -> None:
+        self.random = random.Random(seed)
+        self.recorder = Recorder(self._ended)
+        self.asked: dict[int, Asked] = {}
+        self.changes: dict[int, SetStrategy] = {}
+        self._count = count
+        self._in_flight = in_flight
+        self._longest = longest
+        self._patience = patience
+        stems = np.random.default_rng(seed).integers(0, 30_000, (8, longest))
+        self._stems: list[list[int]] = stems.tolist()
+
+    async def run(self, limit: float) -> None:
+        """Until every request has ended; fails after `limit` seconds."""
+        changing = asyncio.create_task(self._change(), name="strategy changes")
+        try:
+            for _ in range(self._in_flight):
+                self._next()
+            await self.recorder.wait(
+                lambda: len(self.asked) == self._count and not set(self.recorder.open) & set(self.asked), limit
+            )
+        finally:
+            changing.cancel()
+            await asyncio.gather(changing, return_exceptions=True)
+        await self.recorder.wait(lambda: not self.recorder.open, limit)
+
+    def _ended(self, id: int) -> None:
+        if id < _SET:
+            self._next()
+
+    def _next(self) -> None:
+        id = len(self.asked)
+        if id >= self._count:
+            return
+        draw = self.random
+        # Prompts have beginnings in common, so that there are hits, of every length.
+        stem = draw.choice(self._stems)[: draw.choice((0, 16, 100, self._longest // 2))]
+        length = draw.choice((1, 15, 16, 17, draw.randint(1, 100), draw.randint(1, self._longest)))
+        prompt = (stem + [draw.randrange(30_000) for _ in range(length)])[:length]
+        asked = self.asked[id] = Asked(prompt, draw.randint(1, 24), [])
+        sampling = SamplingParams(max_tokens=asked.count, temperature=0, ignore_eos=True)
+        self.recorder.call(id, Generate(prompt=pack_tokens(prompt), sampling=sampling))
+        if draw.random() < 1 / 3:
+            asyncio.get_running_loop().call_later(draw.random() * self._patience, self._cancel, id)
+
+    def _cancel(self, id: int) -> None:
+        if not self.recorder.terminals[id]:
+            self.asked[id].cancelled.append(True)
+            self.recorder.cancel(id)
+
+    async def _change(self) -> None:
+        while True:
+            name, settings = self.random.choice(MIX)
+            id = _SET + len(self.changes)
+            self.changes[id] = SetStrategy(name=name, settings=settings)
+            self.recorder.call(id, self.changes[id])
+            await asyncio.sleep(CHANGES_EVERY)
+
+    def check(self, *, most_refused: float = 0.02) -> None:
+        """Each ended once, with the tokens that it should have."""
+        recorder = self.recorder
+        assert recorder.stray == []
+        assert {len(ends) for ends in recorder.terminals.values()} == {1}
+        for id in self.changes:
+            (end,) = recorder.terminals[id]
+            assert isinstance(end, Reply), end
+            assert isinstance(end.body, StrategySet)
+        refused = []
+        for id, asked in self.asked.items():
+            error, tokens = recorder.error(id), recorder.tokens[id]
+            expected = reference(asked.prompt, asked.count)
+            if error is None:
+                assert tokens == expected, (id, asked)
+                assert recorder.finished(id).usage.completion_tokens == asked.count
+            elif isinstance(error, Cancelled) and asked.cancelled:
+                assert tokens == expected[: len(tokens)], (id, asked)
+            else:
+                assert isinstance(error, Unavailable), (id, error)
+                assert tokens == []
+                refused.append(error)
+        assert len(refused) <= most_refused * self._count, [error.message for error in refused][:10]
+        assert sum(bool(asked.cancelled) for asked in self.asked.values()) > self._count / 10
