@@ -31,10 +31,8 @@ _RETRY_STEPS = 16
 class _Outcome(enum.Enum):
     ADMITTED = enum.auto()
     DEFERRED = enum.auto()
-    """Another request computes its prefix right now."""
+    """Not now: another request computes its prefix, or its received KV has just gone into the prefix tree."""
     NO_PAGES = enum.auto()
-    LINES_UP = enum.auto()
-    """Its received KV is in the prefix tree now: it is looked at again."""
 
 
 class Admission:
@@ -57,6 +55,12 @@ class Admission:
         """Whether somebody in line waits for pages: until it has them, no lease and no send takes any."""
         return self._short is not None
 
+    def places(self) -> int:
+        """Requests that may run besides those that do. A send takes no place: it comes out of turn."""
+        roster = self._roster
+        sends = sum(request.sends for request in roster.prefilling.values())
+        return self._limits.max_running - roster.running + sends
+
     def ended(self, request: Request) -> None:
         """`request` has ended: others may fit now."""
         self._blocked_at = None
@@ -72,12 +76,12 @@ class Admission:
         roster = self._roster
         if not roster.waiting:
             return
-        # Sends take no places: they come out of turn, and many of them must not keep others from running.
-        prefilling = [request.remaining for request in roster.prefilling.values() if not request.sends]
-        count, backlog = len(prefilling), sum(prefilling)
-        places = self._limits.max_running - count - len(roster.decoding)
+        places = self.places()
         if places <= 0:
             return
+        # Many sends must not keep others from being admitted, either.
+        prefilling = [request.remaining for request in roster.prefilling.values() if not request.sends]
+        count, backlog = len(prefilling), sum(prefilling)
         short = False
         for request in roster.waiting.first(places + _LOOKAHEAD):
             if places == 0 or (count >= _FEW_PREFILLS and backlog >= budget):
@@ -154,7 +158,7 @@ class Admission:
         request.kv = None
         if more is None:
             kv.keep()
-            return _Outcome.LINES_UP
+            return _Outcome.DEFERRED
         lock, pages, begin = kv.take()
         matched = lock.length
         if matched > known - 1:

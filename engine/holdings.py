@@ -33,6 +33,11 @@ class Holdings:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether steps are launched that may touch pages."""
+        return bool(self._unretired)
+
     def begin_step(self) -> tuple[int, tuple[int, ...]]:
         """A step is about to be launched: its number, and the sequences that the executor forgets with it."""
         step = self.cache.begin_step()

@@ -68,7 +68,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class ReceivedKv(Protocol):
-    """KV that other engines put into our pages for one request. One of the three is called, once, in the step thread."""
+    """KV that other engines put into our pages for one request. One of its methods is called, once."""
 
     begin: int
     """The position where computing begins, at the latest."""

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 from microserve.engine.request import ADMITTED, State
 from microserve.engine.waiting import Deadlines, WaitingLine
 from microserve.kv.pages import IntegrityError
+from microserve.runtime.messages import Load
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from microserve.engine.request import Request
+    from microserve.kv.cache import CacheStatistics
 
 
 class Roster:
@@ -48,6 +52,26 @@ class Roster:
         self.receiving.pop(request.id, None)
         if self.sending.pop(request.id, None) is not None or (request.sends and request.state is State.PREFILL):
             self.sends -= 1
+
+    def load(self, pages: CacheStatistics, counts: Counter[str], steps: int) -> Load:
+        """A snapshot for others. Walks the line, so not for every step."""
+        return Load(
+            running=self.running,
+            waiting=len(self.waiting) + len(self.receiving),
+            queued_tokens=self.waiting.tokens() + sum(request.remaining for request in self.prefilling.values()),
+            free_pages=pages.free,
+            owned_pages=pages.owned,
+            cached_pages=pages.cached,
+            leased_pages=pages.leased,
+            quarantined_pages=pages.quarantined,
+            total_pages=pages.total,
+            generated_tokens=counts["generated"],
+            prefilled_tokens=counts["prefilled"],
+            prefix_hit_tokens=counts["hit"],
+            prefix_lookup_tokens=counts["lookup"],
+            preemptions=counts["preemptions"],
+            steps=steps,
+        )
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` when a request is not where its state says."""

@@ -1,5 +1,5 @@
-"""Who waits for a place: preempted requests first, then new ones, both in order of arrival; and whose time runs out
-when.
+"""Who waits for a place: those that ran or hold pages first, then new ones, both in order of arrival; whose time runs
+out when; and how long the wait may be.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ class WaitingLine:
         return request.id in self._new or request in self._preempted
 
     def tokens(self) -> int:
-        """Tokens known of all who wait."""
-        return sum(request.known for request in itertools.chain(self._preempted, self._new.values()))
+        """Tokens that all who wait have to compute, as far as is known: without what the prefix tree may hold."""
+        line = itertools.chain(self._preempted, self._new.values())
+        return sum(request.known if request.kv is None else request.known - request.kv.begin for request in line)
 
 
 class Budget(enum.Enum):
@@ -106,3 +107,18 @@ class Deadlines:
         while self._heap and self._heap[0][1] not in self._live:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
+
+
+class Pace:
+    """The recent time from one ending to the next."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.05
+        """An assumption, until there is a measurement."""
+        self._last: float | None = None
+
+    def ended(self, now: float) -> None:
+        """A request has ended."""
+        if self._last is not None:
+            self.seconds += 0.1 * (now - self._last - self.seconds)
+        self._last = now

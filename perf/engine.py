@@ -81,11 +81,11 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path) -> None:
     listener = await bus.listen("tcp://127.0.0.1:*", router.server)
     command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
     command += ["--executor", "cuda", "--step-tokens", "8192", "--max-running", "512", "--max-context", "16384"]
-    command += ["--routers", listener.endpoint, "--engine-id", "perf", "--transport", "loopback", *args.flags.split()]
+    command += ["--routers", listener.endpoint, "--engine-id", "perf", *args.flags.split()]
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(*command, env=os.environ)
     try:
-        announced = await asyncio.wait_for(router.announced, 300)
+        announced = await _announced(router, process)
         ready = time.perf_counter() - began
         bench.row("start to ready", Sample((ready,)), unit="s", limit="15 s", note=f"vLLM {PEER['start']} s")
         client = await connect(bus, announced.info.endpoint)
@@ -107,9 +107,21 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path) -> None:
         stats = await client.call(Stats())
         print(json.dumps({"integrity": getattr(stats, "integrity", "?")}), file=sys.stderr)
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
         await bus.close()
+
+
+async def _announced(router: _Router, process: asyncio.subprocess.Process) -> Announce:
+    ended = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait({router.announced, ended}, timeout=300, return_when=asyncio.FIRST_COMPLETED)
+        if not router.announced.done():
+            raise SystemExit("perf.engine: the engine did not start; it says why above")
+        return router.announced.result()
+    finally:
+        ended.cancel()
 
 
 def _row(bench: Benchmark, name: str, sample: Sample, unit: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.ids import Peer, new_epoch
@@ -43,6 +43,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NUMBERS = itertools.count(1)
 _BUDGET = 60.0
+
+
+class Answer(NamedTuple):
+    """What a generation gave; `logprobs` are those of its tokens."""
+
+    tokens: list[int]
+    done: Generated
+    logprobs: list[float]
 
 
 class EngineCalls:
@@ -85,26 +93,28 @@ class EngineCalls:
         begin: int | None = None,
         budget: float = _BUDGET,
         **options: Any,
-    ) -> tuple[list[int], Generated]:
-        """Greedy tokens, and how it ended."""
+    ) -> Answer:
+        """Greedy tokens."""
         body = StartGenerate(
             **_ids(),
             prompt=pack_tokens(prompt),
             begin=begin if begin is not None else kv.end if kv is not None else 0,
             lease=None if kv is None else kv.lease,
-            sampling=SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, logprobs=0),
             **options,
         )
         stream = self.client.stream(body, budget=budget)
         tokens: list[int] = []
+        logprobs: list[float] = []
         try:
             async for part in stream:
                 assert isinstance(part, Tokens)
                 tokens += unpack_tokens(part.ids).tolist()
+                logprobs += [each.logprob for each in part.logprobs or ()]
         finally:
             stream.cancel()
         assert isinstance(stream.reply, Generated)
-        return tokens, stream.reply
+        return Answer(tokens, stream.reply, logprobs)
 
     async def commit(self, address: KvAddress, wait: float | None = None) -> int:
         return (await self.ask(Commit(**_ids(), lease=address.lease, wait=wait), Committed)).committed_until

@@ -103,7 +103,9 @@ class KvRig(Rig):
     # --- sending ---
 
     def send(self, prompt: Sequence[int]) -> Request:
-        request = make_request(prompt, max_tokens=1)
+        return self.submit_send(make_request(prompt, max_tokens=1))
+
+    def submit_send(self, request: Request) -> Request:
         request.sends = True
         self.ready[request] = []
         self.scheduler.submit_send(request, self.clock())

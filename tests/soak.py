@@ -60,7 +60,7 @@ class Soak:
     Make it, dial the router with `recorder`, `run`, then `check`.
     """
 
-    def __init__(self, count: int, *, in_flight: int, seed: int, longest: int = 600, patience: float = 0.3) -> None:
+    def __init__(self, count: int, *, in_flight: int, seed: int, longest: int = 600, patience: float = 0.12) -> None:
         self.random = random.Random(seed)
         self.recorder = Recorder(self._ended)
         self.asked: dict[int, Asked] = {}

@@ -17,9 +17,9 @@ from microserve.runtime.messages import Generated, Tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from microserve.engine.outputs import Output
     from microserve.engine.plan import StepPlan, StepResult
     from microserve.engine.request import Request
-    from microserve.engine.scheduler import Output
 
 LIMIT = 10.0
 """Seconds after which a thread counts as stuck."""

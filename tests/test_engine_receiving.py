@@ -1,4 +1,4 @@
-"""Received KV and sends in the step thread: two rigs, pages copied by hand. The fake executor checks every page."""
+"""Received KV in the step thread: two rigs, pages copied by hand. The fake executor checks every page."""
 
 from __future__ import annotations
 
@@ -319,16 +319,6 @@ def test_room_for_output_is_kept_and_used() -> None:
     rig.assert_empty()
 
 
-def test_a_send_without_room_is_busy_at_once() -> None:
-    rig = KvRig(pages=8)
-    held = rig.send(list(range(20)))
-    with pytest.raises(Busy):
-        rig.send(list(range(20, 40)))
-    rig.run()
-    rig.finish(held)
-    rig.assert_empty()
-
-
 # --- endings -------------------------------------------------------------------------------------------------------
 
 
@@ -435,92 +425,152 @@ def test_notifications_that_nobody_awaits_are_counted_and_harmless(pair: tuple[K
     receiver.assert_empty()
 
 
-# --- sends ---------------------------------------------------------------------------------------------------------
+def test_what_is_matched_is_used_only_for_the_prompt_that_it_is_of(pair: tuple[KvRig, KvRig]) -> None:
+    """Even behind `begin`."""
+    _, receiver = pair
+    receiver.submit(make_request(WHOLE, max_tokens=1))
+    receiver.run()
+    lease = receiver.lease(WHOLE)
+    assert lease.matched == 16
+    with pytest.raises(InvalidRequest, match="prepared for"):
+        receiver.generate([*WHOLE[:8], 40, 41, 42, 43, 44], lease, 8)
+    request = receiver.generate([*WHOLE[:9]], lease, 8)  # shorter is as good
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    receiver.assert_empty()
 
 
-def test_pages_are_ready_chunk_by_chunk_and_stay_until_the_send_is_finished() -> None:
-    rig = KvRig(prefill_chunk=5)
-    request = rig.send(PROMPT)
-    rig.run()
-    assert [(part.first, len(part.pages)) for part in rig.ready[request]] == [(0, 1), (1, 1), (2, 2)]
-    assert (rig.reused[request], request.state) == (0, State.SENDING)
-    assert rig.cache.match(PROMPT).length == 12
-    assert rig.cache.evict() == 0
-    rig.finish(request)
-    rig.assert_empty()
+def test_a_prompt_may_go_on_behind_what_was_announced(pair: tuple[KvRig, KvRig]) -> None:
+    sender, receiver = pair
+    lease = receiver.lease(PROMPT, 12)
+    claim = receiver.claim(lease, 0, 12)
+    receiver.push(sender, sent(sender, PROMPT[:12]), lease, claim, 0)
+    receiver.end_claim(claim)
+    request = receiver.generate([*PROMPT[:12], 40, 41, 42, 43, 44, 45, 46, 47, 48], lease, 12)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    assert receiver.generated(request).received_tokens == 12
+    receiver.assert_empty()
 
 
-def test_what_is_cached_is_ready_at_once() -> None:
-    rig = KvRig()
-    first = rig.send(PROMPT)
-    rig.run()
-    rig.finish(first)
-    again = rig.send(WHOLE)
-    assert [(part.first, len(part.pages)) for part in rig.ready[again]] == [(0, 3)]
-    rig.run()
-    assert rig.reused[again] == 12
-    whole = rig.send(WHOLE)
-    assert [(part.first, len(part.pages)) for part in rig.ready[whole]] == [(0, 4)]
-    assert rig.reused[whole] == 16
-    for request in (again, whole):
-        rig.finish(request)
-    rig.assert_empty()
+def test_what_came_is_kept_when_there_are_no_pages_for_the_rest() -> None:
+    sender, receiver = KvRig(), KvRig(pages=8)
+    lease = receiver.lease(PROMPT, 12)
+    claim = receiver.claim(lease, 0, 12)
+    receiver.push(sender, sent(sender, PROMPT[:12]), lease, claim, 0)
+    receiver.end_claim(claim)
+    held = receiver.send([40] * 13)  # the other four pages
+    request = receiver.generate([*PROMPT[:12], *[41] * 9], lease, 12)
+    receiver.step()
+    assert request.state is State.WAITING
+    assert receiver.cache.match(PROMPT).length == 12
+    assert len(receiver.leases) == 0
+    receiver.run()
+    receiver.finish(held)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    generated = receiver.generated(request)
+    assert (generated.received_tokens, generated.recomputed_tokens) == (12, 0)
+    receiver.assert_empty()
 
 
-def test_a_send_does_not_starve_decodes() -> None:
-    rig = KvRig(pages=400, step_tokens=16)
-    decoding = rig.submit(make_request([1, 2, 3], max_tokens=40, ignore_eos=True))
+# --- the line ------------------------------------------------------------------------------------------------------
+
+
+def test_who_holds_pages_passes_who_waits_for_them() -> None:
+    """Otherwise each would wait for the other for ever."""
+    sender, receiver = KvRig(), KvRig(pages=8)
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 13)
+    large = receiver.submit(make_request([40] * 20, max_tokens=1))
+    pages = sent(sender, PROMPT[:13])
+    receiver.run()
+    assert receiver.seen[large].tokens == []
+    receiver.push(sender, pages, lease, receiver.claim(lease, 0, 13), 0)
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    assert receiver.seen[large].tokens == receiver.expected(large, 1)
+    receiver.end_claim(1)
+    receiver.assert_empty()
+
+
+def test_neither_leases_nor_sends_take_pages_from_who_waits_for_them() -> None:
+    rig = KvRig(pages=8)
+    held = rig.lease([1] * 13)
+    large = rig.submit(make_request([40] * 20, max_tokens=1))
     rig.step()
-    send = rig.send([1 + i % 40 for i in range(600)])
-    for _ in range(30):
-        before = len(rig.seen[decoding].tokens)
-        rig.step()
-        assert len(rig.seen[decoding].tokens) == before + 1
+    assert rig.scheduler.short
+    with pytest.raises(Busy):
+        rig.prepare([2])
+    with pytest.raises(Busy):
+        rig.send([2])
+    waiting = rig.prepare([2], admit_by=rig.clock() + 5)
+    rig.receiving.release(held.id, rig.clock())
+    rig.turn()
+    assert waiting not in rig.answers
     rig.run()
-    rig.finish(send)
+    assert rig.seen[large].tokens == rig.expected(large, 1)
+    assert not rig.scheduler.short
+    rig.turn(0.1)
+    answer = rig.answers[waiting]
+    assert isinstance(answer, Opened)
+    rig.receiving.release(answer.lease.id, rig.clock())
     rig.assert_empty()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_a_stopped_send_computes_no_more_and_keeps_its_pages(steps: int) -> None:
-    rig = KvRig(prefill_chunk=4)
-    request = rig.send(PROMPT)
-    for _ in range(steps):
-        rig.step()
-    rig.scheduler.stop_send(request)
-    rig.run()
-    assert len(rig.plans) == steps
-    rig.scheduler.check_integrity()
-    assert rig.cache.statistics().owned + rig.cache.statistics().cached == 4
-    rig.finish(request)
-    rig.finish(request)
-    rig.assert_empty()
-
-
-def test_a_step_that_fails_fails_the_send_and_its_pages_wait_for_the_transfer() -> None:
-    rig = KvRig(prefill_chunk=4)
-    request = rig.send(PROMPT)
+def test_who_waits_for_pages_and_ends_is_waited_for_no_more() -> None:
+    rig = KvRig(pages=8)
+    held = rig.lease([1] * 13)
+    large = rig.submit(make_request([40] * 20, max_tokens=1))
     rig.step()
-    rig.launch()
-    rig.executor.drop_newest()
-    rig.scheduler.fail(rig.launched.popleft(), Busy("broken"))
-    rig.read()
-    assert isinstance(rig.answers[request], Busy)
-    assert request.state is State.SENDING
-    rig.run()
-    rig.finish(request)
+    rig.abort(large)
+    rig.receiving.release(rig.lease([2]).id, rig.clock())
+    rig.receiving.release(held.id, rig.clock())
     rig.assert_empty()
 
 
-def test_decodes_wait_for_a_sends_pages_and_do_not_take_them() -> None:
-    rig = KvRig(pages=8, max_context=64)
-    send = rig.send(list(range(1, 17)))
+def test_a_lease_leaves_a_page_for_every_running_request() -> None:
+    rig = KvRig(pages=8, share=1.0)
+    request = rig.submit(make_request([1] * 13, max_tokens=8, ignore_eos=True))
+    rig.step()
+    with pytest.raises(Busy):
+        rig.prepare([2] * 13)
+    lease = rig.lease([2] * 12)
     rig.run()
-    request = rig.submit(make_request([20, 21, 22], max_tokens=20, ignore_eos=True))
+    assert rig.scheduler.load().preemptions == 1  # it grew by that page, and then by one more
+    rig.receiving.release(lease.id, rig.clock())
     rig.run()
-    assert rig.seen[request].end is None
-    assert send.state is State.SENDING
-    rig.finish(send)
+    assert rig.seen[request].tokens == rig.expected(request, 8)
+    rig.assert_empty()
+
+
+def test_a_request_whose_kv_does_not_come_has_the_turn_of_its_arrival() -> None:
+    rig = KvRig(max_running=1)
+    running = rig.submit(make_request([7], max_tokens=3, ignore_eos=True))
+    rig.step()
+    lease = rig.lease(PROMPT, 13)
+    request = rig.generate(PROMPT, lease, 13, wait=1.0)
+    later = rig.submit(make_request([8], max_tokens=3, ignore_eos=True))
+    rig.turn(1.1)
     rig.run()
-    assert rig.seen[request].tokens == rig.expected(request, 20)
+    order = [each for each in rig.plans if each.started]
+    assert [plan.started[0].sequence for plan in order] == [running.id, request.id, later.id]
+    rig.assert_empty()
+
+
+def test_load_counts_what_is_to_be_computed() -> None:
+    sender, rig = KvRig(), KvRig(max_running=1)
+    rig.submit(make_request([7], max_tokens=9, ignore_eos=True))
+    rig.step()
+    lease = rig.lease(PROMPT, 12)
+    request = rig.generate(PROMPT, lease, 12)
+    load = rig.scheduler.load()
+    assert (load.waiting, load.queued_tokens, load.leased_pages) == (1, 0, 4)
+    claim = rig.claim(lease, 0, 12)
+    rig.push(sender, sent(sender, PROMPT[:12]), lease, claim, 0)
+    load = rig.scheduler.load()
+    assert (load.waiting, load.queued_tokens) == (1, 2)
+    rig.end_claim(claim)
+    rig.run()
+    assert rig.seen[request].tokens == rig.expected(request, 5)
     rig.assert_empty()

@@ -259,7 +259,9 @@ def _lose_step(rig: KvRig) -> None:
         return
     rig.executor.collect()
     step = rig.launched.popleft()
-    garbage = [(page, p) for part in rig.plans[-2:] if part.step == step for s in part.slices for page, p in _written(s)]
+    garbage = [
+        (page, p) for part in rig.plans[-2:] if part.step == step for s in part.slices for page, p in _written(s)
+    ]
     for page, position in garbage:
         rig.executor.pool[page, position] = 12345
     rig.scheduler.fail(step, InternalError("the device is on fire"))

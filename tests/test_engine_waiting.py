@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from tests.engine_rig import make_request
 
 from microserve.engine.request import State
-from microserve.engine.waiting import Budget, Deadlines, WaitingLine
+from microserve.engine.waiting import Budget, Deadlines, Pace, WaitingLine
 
 if TYPE_CHECKING:
     from microserve.engine.request import Request
@@ -29,6 +29,13 @@ def test_preempted_requests_stand_before_new_ones_and_all_by_arrival() -> None:
     assert (len(line), line.new, line.tokens()) == (5, 2, 15)
     assert new[0] in line
     assert preempted[0] in line
+
+
+def test_a_late_one_stands_where_it_arrived() -> None:
+    line = WaitingLine()
+    for identity in (4, 7, 9, 8, 3):
+        line.add(numbered(identity))
+    assert [request.id for request in line.first(10)] == [3, 4, 7, 8, 9]
 
 
 def test_leaving_the_line() -> None:
@@ -68,3 +75,12 @@ def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
             del live[identity]
     assert len(deadlines._heap) <= 64 + 4 * 10 + 1
     assert deadlines.next() == 1000.0
+
+
+def test_the_pace_follows_the_endings() -> None:
+    pace = Pace()
+    pace.ended(100.0)
+    assert pace.seconds == 0.05
+    for count in range(1, 200):
+        pace.ended(100.0 + 2.0 * count)
+    assert round(pace.seconds, 3) == 2.0

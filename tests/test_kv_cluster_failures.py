@@ -129,7 +129,7 @@ class Rig:
             prompt = prompt_of(PAGES, seed=100)
             kv = await self.receiver.prep_recv(prompt)
             assert (await self.sender.sending(prompt, kv)).bytes == PAGES << 20
-            tokens, done = await self.receiver.generate(prompt, OUTPUT, kv=kv)
+            tokens, done, _ = await self.receiver.generate(prompt, OUTPUT, kv=kv)
             assert (tokens, done.received_tokens, done.recomputed_tokens) == (expected(prompt), len(prompt), 0)
         for engine in alive:
             await engine.until_whole()
@@ -193,7 +193,7 @@ def test_a_sender_that_dies_before_its_push(own_cluster: Cluster) -> None:
         with pytest.raises(LOST):
             await sending
         async with asyncio.timeout(15):
-            tokens, done = await generating
+            tokens, done, _ = await generating
         assert tokens == expected(prompt)
         assert (done.received_tokens, done.recomputed_tokens) == (0, len(prompt))
 
@@ -209,7 +209,7 @@ def test_a_sender_that_dies_during_its_push(own_cluster: Cluster) -> None:
         with pytest.raises(LOST):
             await sending
         async with asyncio.timeout(15):
-            tokens, done = await rig.receiver.generate(prompt, OUTPUT, kv=kv, kv_wait=60)
+            tokens, done, _ = await rig.receiver.generate(prompt, OUTPUT, kv=kv, kv_wait=60)
         assert tokens == expected(prompt)
         assert (done.received_tokens, done.recomputed_tokens) == (0, len(prompt))
 
@@ -222,7 +222,7 @@ def test_a_sender_that_dies_after_its_push(own_cluster: Cluster) -> None:
         kv = await rig.receiver.prep_recv(prompt, expect_tokens=OUTPUT)
         assert (await rig.sender.sending(prompt, kv)).bytes == PAGES << 20
         rig.daemon(rig.sender).kill()
-        tokens, done = await rig.receiver.generate(prompt, OUTPUT, kv=kv)
+        tokens, done, _ = await rig.receiver.generate(prompt, OUTPUT, kv=kv)
         assert tokens == expected(prompt)
         assert (done.received_tokens, done.recomputed_tokens) == (len(prompt), 0)
 
@@ -240,7 +240,7 @@ def test_a_sender_that_stalls_during_its_push(cluster: Cluster) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(rig.daemon(rig.sender).resume)
             async with asyncio.timeout(10):
-                tokens, done = await rig.receiver.generate(prompt, OUTPUT, kv=kv, kv_wait=1.0)
+                tokens, done, _ = await rig.receiver.generate(prompt, OUTPUT, kv=kv, kv_wait=1.0)
             assert tokens == expected(prompt)
             assert (done.received_tokens, done.recomputed_tokens) == (0, len(prompt))
             load = (await rig.receiver.info()).load
@@ -386,7 +386,7 @@ def test_forgone_while_its_sender_stalls(cluster: Cluster) -> None:
             outcome = await rig.receiver.ask(Forgo(lease=kv.lease, begin=0, end=len(prompt)), Released)
             assert outcome.outcome == "quarantined"
             async with asyncio.timeout(10):
-                tokens, done = await generating
+                tokens, done, _ = await generating
             assert (tokens, done.recomputed_tokens) == (expected(prompt), len(prompt))
         await asyncio.wait([sending])
 

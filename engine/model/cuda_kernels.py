@@ -5,7 +5,7 @@ Imported on a GPU machine alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flashinfer
 import triton
@@ -86,31 +86,32 @@ def rotate_and_store(
     )
 
 
+# Triton reads the function's own source, and takes annotations for values: only constants have one.
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _rotate_and_store(
-    turning: Any,
-    value: Any,
-    pool: Any,
-    cos: Any,
-    sin: Any,
-    positions: Any,
-    pages: Any,
-    layer: Any,
-    turning_token: Any,
-    turning_head: Any,
-    value_token: Any,
-    value_head: Any,
-    pool_page: Any,
-    pool_head: Any,
-    pool_layer: Any,
-    pool_side: Any,
-    heads: Any,
-    kv_heads: Any,
-    page_size: Any,
+def _rotate_and_store(  # type: ignore[no-untyped-def]
+    turning,
+    value,
+    pool,
+    cos,
+    sin,
+    positions,
+    pages,
+    layer,
+    turning_token,
+    turning_head,
+    value_token,
+    value_head,
+    pool_page,
+    pool_head,
+    pool_layer,
+    pool_side,
+    heads,
+    kv_heads,
+    page_size,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
-) -> None:
+):
     token = tl.program_id(0)
     position = tl.load(positions + token)
     page = tl.load(pages + token).to(tl.int64)
