@@ -19,7 +19,7 @@ import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays
-from microserve.engine.cuda_sampler import draw, on_device
+from microserve.engine.cuda_sampler import draw, greedy, on_device
 from microserve.engine.plan import Sampled, StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
@@ -92,7 +92,10 @@ class CudaExecutor:
         self._attention = PagedAttention(decoder, pool)
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
-        self._starts: dict[int, SequenceStart] = {}
+        self._drawing: dict[int, SequenceStart] = {}
+        """Sequences whose tokens are drawn on the GPU."""
+        self._host_drawn: set[int] = set()
+        """Sequences whose tokens are drawn on the CPU. Every other one is greedy."""
         # Those that run, those that ended in a step in flight, sends, and one for padding.
         self._slot_count = 4 * max_running + 64
         self._free_slots = list(range(self._slot_count - 1))
@@ -179,17 +182,21 @@ class CudaExecutor:
         self._graphs.clear()
 
     def _start(self, start: SequenceStart) -> None:
-        self._starts[start.sequence] = start
-        if start.sequence not in self._slots:
-            self._slots[start.sequence] = self._free_slots.pop()
+        sequence = start.sequence
+        if sequence not in self._slots:
+            self._slots[sequence] = self._free_slots.pop()
         if not on_device(start.sampling):
+            self._host_drawn.add(sequence)
             self._sampler.start(start)
+        elif start.sampling.temperature > 0.0:
+            self._drawing[sequence] = start
 
     def _forget(self, sequence: int) -> None:
         slot = self._slots.pop(sequence, None)
         if slot is not None:
             self._free_slots.append(slot)
-        self._starts.pop(sequence, None)
+        self._drawing.pop(sequence, None)
+        self._host_drawn.discard(sequence)
         self._sampler.forget(sequence)
 
     # --- decodes alone -----------------------------------------------------------------------------------------------
@@ -263,7 +270,7 @@ class CudaExecutor:
         )
         hidden = self._decoder.forward(self._ids(self._input("source", size)), attention)
         logits = self._decoder.logits(hidden)
-        best, ids = logits.max(dim=-1)
+        best, ids = greedy(logits)
         self._last.index_copy_(0, self._input("slots", size).long(), ids)
         self._graph_tokens[:size] = torch.where(torch.isfinite(best), ids, -1).int()
         return logits
@@ -327,7 +334,7 @@ class CudaExecutor:
         if not len(arrays.sampled_rows):
             return hidden[:0], self._graph_tokens[:0]
         logits = self._decoder.logits(hidden[rows])
-        best, ids = logits.max(dim=-1)
+        best, ids = greedy(logits)
         self._last.index_copy_(0, slots.long(), ids)
         return logits, torch.where(torch.isfinite(best), ids, -1).int()
 
@@ -348,15 +355,19 @@ class CudaExecutor:
         """Replaces the greedy choice where other settings ask for it, and sends the tokens on their way."""
         count = len(arrays.samples)
         result = self._results[self._parity][:count]
-        settings = [self._starts[sequence].sampling for sequence, _ in arrays.samples]
-        host = [row for row, each in enumerate(settings) if not on_device(each)]
-        drawn = [row for row, each in enumerate(settings) if each.temperature > 0.0 and on_device(each)]
+        host: list[int] = []
+        drawn: list[int] = []
+        if self._host_drawn:
+            host = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._host_drawn]
+        if self._drawing:
+            drawn = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._drawing]
         if drawn:
+            starts = [self._drawing[arrays.samples[row][0]] for row in drawn]
             rows = torch.tensor(drawn, pin_memory=True).to(self._device, non_blocking=True)
             chosen = draw(
                 logits.index_select(0, rows),
-                [settings[row] for row in drawn],
-                [self._starts[arrays.samples[row][0]].seed for row in drawn],
+                [start.sampling for start in starts],
+                [start.seed for start in starts],
                 [arrays.samples[row][1] for row in drawn],
             )
             slots = torch.from_numpy(arrays.sampled_slots[drawn].astype(np.int64)).pin_memory()

@@ -1,9 +1,11 @@
 """The step thread: commands in, steps through the executor, one list of outputs a step out.
 
-    drain the inbox → schedule → launch step n → collect step n - 1 (depth 2) or n (depth 1) → hand the outputs over
+    drain the inbox → sweep leases and pins → schedule → launch step n → collect step n - 1 (depth 2) or n (depth 1)
+    → hand the outputs over
 
-Everything behind the inbox belongs to this thread: scheduler, cache, executor. It waits only when there is nothing to
-do, for a command or the nearest deadline. `submit`, `abort`, `ask`, `start`, `stop` and `load` are for other threads.
+Everything behind the inbox belongs to this thread: scheduler, cache, leases, executor. It waits only when there is
+nothing to do, for a command or the nearest deadline. `submit`, `abort`, `ask`, `command`, `start`, `stop` and `load`
+are for other threads.
 """
 
 from __future__ import annotations
@@ -183,7 +185,7 @@ class StepLoop:
             self._executor.close()
 
     def _wait(self) -> None:
-        timeout = None if self._scheduler.idle else _RETRY_WAIT
+        timeout = _RETRY_WAIT if self._scheduler.waiting else None
         deadlines = [self._scheduler.next_deadline()]
         if self._receiving is not None:
             deadlines.append(self._receiving.next_deadline())

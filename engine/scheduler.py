@@ -90,6 +90,11 @@ class Scheduler:
         return self._admission.short
 
     @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._roster.waiting)
+
+    @property
     def in_flight(self) -> int:
         """Steps scheduled and not completed."""
         return len(self._flights)
@@ -351,7 +356,9 @@ class Scheduler:
             slices.append(Slice(identity, part, start, pages, sample, end - request.prompt_length if sample else 0))
             if not request.introduced:
                 request.introduced = True
-                started.append(self._start(request))
+                history = request.history[: request.known]
+                prompt, sampling, seed = request.prompt_length, request.sampling, request.seed
+                started.append(SequenceStart(identity, history, prompt, sampling, seed, self._eos))
             request.scheduled = end
             request.in_flight += 1
             request.progressed = self._steps
@@ -363,10 +370,6 @@ class Scheduler:
             elif last:
                 self._roster.keep(request)
         return prefilling, started
-
-    def _start(self, request: Request) -> SequenceStart:
-        history = request.history[: request.known]
-        return SequenceStart(request.id, history, request.prompt_length, request.sampling, request.seed, self._eos)
 
     # --- endings ---------------------------------------------------------------------------------------------------
 

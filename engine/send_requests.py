@@ -50,7 +50,7 @@ class SendRequests:
 
     def begin(self, request: Request, step: int) -> None:
         """It is one of ours from now on: what is cached can go out, and the rest is computed."""
-        roster, builders = self._roster, self._holdings.builders
+        roster = self._roster
         roster.sends += 1
         request.end = NEVER
         request.insert_at = request.known
@@ -58,9 +58,7 @@ class SendRequests:
         if request.remaining:
             request.move(State.PREFILL)
             roster.prefilling[request.id] = request
-            key = self._holdings.builds(request, request.scheduled)
-            if builders.setdefault(key, request) is request:
-                request.builds = key
+            self._build(request)
         else:
             roster.keep(request)
         self.tell_ready(request)
@@ -85,6 +83,8 @@ class SendRequests:
         """Whole pages with complete KV enter the tree, and may be sent: from there on they are the tree's pages."""
         if request.computed > request.shared_pages * self._page_size:
             self._holdings.insert(request)
+            if request.builds is not None:
+                self._build(request)
         complete = request.computed >= request.known
         until = -(-request.computed // self._page_size) if complete else request.computed // self._page_size
         first = request.ready_pages
@@ -93,3 +93,11 @@ class SendRequests:
             self._tell(Output(request, Ready(first, request.pages[first:until].copy()), False))
         if complete:
             self._tell(Output(request, Computed(request.cached or 0), False))
+
+    def _build(self, request: Request) -> None:
+        """Whoever needs the part of the prefix tree that it computes next may wait for it."""
+        builders = self._holdings.builders
+        if request.builds is not None and builders.get(request.builds) is request:
+            del builders[request.builds]
+        request.builds = self._holdings.builds(request, request.shared_pages * self._page_size)
+        builders.setdefault(request.builds, request)

@@ -1,8 +1,9 @@
 """Runs strategies and owns everything that they start.
 
-Each choice has a task for its strategy. Its sub-calls and load charges are registered here, and on every way out (end,
-error, cancel, client gone, deadline) they are cancelled and given back by posting, without waiting. So a strategy
-needs no `try`, leaks nothing, and whoever reads the choice never waits for a strategy that does not end.
+Each choice has a task for its strategy. Its sub-requests, leases and load charges are registered (see `sub_requests`),
+and on every way out (end, error, cancel, client gone, deadline) they are cancelled and given back by posting, without
+waiting. So a strategy needs no `try`, leaks nothing, and whoever reads the choice never waits for a strategy that does
+not end.
 """
 
 from __future__ import annotations
@@ -13,36 +14,43 @@ import types
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from microserve.router.handles import RunEngine, RunFleet
-from microserve.router.link import Charge
+from microserve.router.handles import RunFleet
 from microserve.router.strategy import Chunk, Program, Request
+from microserve.router.sub_requests import SubRecord, SubRequests
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    LeaseNotFound,
     MicroserveError,
     NoEngine,
     PeerLost,
+    StaleEpoch,
+    TransferFailed,
     Unavailable,
 )
 from microserve.runtime.ids import IdSource
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 
     from microserve.router.fleet import EngineFleet
-    from microserve.router.link import EngineLink
     from microserve.runtime.clock import Clock
-    from microserve.runtime.messages import Generated, StartGenerate
-    from microserve.runtime.rpc import CallStream
+    from microserve.runtime.messages import Generated
 
 BLOCKED_SECONDS = 0.05
 """A strategy that keeps the loop for longer is named in a warning."""
 
 LINGER_SECONDS = 5.0
 """A strategy that is still there so long after it was cancelled is named in a warning."""
+
+AFTERWARDS_SECONDS = 10.0
+"""What a strategy does after its last chunk (move KV ahead, say) has to be done within this."""
+
+_LOST = (PeerLost, TransferFailed, StaleEpoch, LeaseNotFound)
+"""Errors that say that an engine, or what it had prepared, is gone."""
 
 _log = get_logger(__name__)
 
@@ -67,21 +75,18 @@ class Generation:
 
     __slots__ = (
         "_backlog",
-        "_calls",
-        "_charges",
         "_clock",
         "_complete",
         "_dispatcher",
-        "_engines",
         "_error",
         "_held",
         "_loop",
         "_merged",
         "_program",
+        "_started",
         "_task",
         "_timer",
         "_waiter",
-        "avoid",
         "created_at",
         "deadline",
         "ended_at",
@@ -90,7 +95,6 @@ class Generation:
         "last_token_at",
         "observe_gap",
         "output_tokens",
-        "prompt_bytes",
         "request",
         "started_at",
         "state",
@@ -98,9 +102,7 @@ class Generation:
 
     def __init__(self, dispatcher: Dispatcher, request: Request, program: Program, timeout: float) -> None:
         self.request = request
-        self.prompt_bytes = pack_tokens(request.prompt)
         self.state = State.QUEUED
-        self.avoid: set[str] = set()
         self.created_at = dispatcher.clock()
         self.deadline = self.created_at + timeout
         self.started_at: float | None = None
@@ -115,9 +117,15 @@ class Generation:
         self._program = program
         self._backlog = dispatcher.backlog
         self._loop = dispatcher.loop
-        self._calls: list[CallStream] = []
-        self._charges: list[Charge] = []
-        self._engines: list[str] = []
+        self._started = SubRequests(
+            request,
+            pack_tokens(request.prompt),
+            fleet=dispatcher.fleet,
+            clock=dispatcher.clock,
+            deadline=self.deadline,
+            sub_ids=dispatcher.sub_ids,
+            told=dispatcher.sub_ended,
+        )
         self._task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._held: Chunk | None = None
@@ -140,7 +148,17 @@ class Generation:
     @property
     def engine_ids(self) -> tuple[str, ...]:
         """The engines that were asked to generate, in order; the last one decodes."""
-        return tuple(self._engines)
+        return tuple(self._started.generating)
+
+    @property
+    def sub_requests(self) -> Sequence[SubRecord]:
+        """What was asked of engines for it, in order, as far as it is remembered."""
+        return self._started.records
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that nobody computed for it, as far as that is known before its end."""
+        return self._started.cached_so_far if self.finish is None else self.finish.usage.cached_tokens
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -201,14 +219,14 @@ class Generation:
         self._end(DeadlineExceeded(f"the request was not complete within {timeout:g} s"))
 
     def _end(self, error: MicroserveError | None) -> None:
-        """The one way out. Sub-calls first, so that engines stop; then the charges; then whoever reads."""
+        """The one way out. Sub-requests first, so that engines stop; then leases, charges; then whoever reads."""
         if self.state is State.ENDED:
             return
         self.state = State.ENDED
         if not self._complete:
             self._error = error
         self.ended_at = self._dispatcher.clock()
-        self._let_go()
+        self._started.close()
         self._timer.cancel()
         self._wake()
         task = self._task
@@ -216,14 +234,6 @@ class Generation:
             task.cancel()
             self._loop.call_later(LINGER_SECONDS, self._lingers, task)
         self._dispatcher.ended(self)
-
-    def _let_go(self) -> None:
-        for call in self._calls:
-            call.cancel()
-        for charge in self._charges:
-            charge.release()
-        self._calls.clear()
-        self._charges.clear()
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -247,7 +257,7 @@ class Generation:
             error = await self._attempt()
             if error is not None and self._may_retry(error):
                 # Nothing was streamed, so the program can run again: where engines live, and not where it was refused.
-                self._let_go()
+                self._started.let_go()
                 _log.info("request starts again", every=1.0, request=self.request.id, error=error.message)
                 again = await self._attempt()
                 error = error if isinstance(again, NoEngine) else again
@@ -260,11 +270,11 @@ class Generation:
     def _may_retry(self, error: MicroserveError) -> bool:
         if self.state is State.ENDED or self.first_token_at is not None or self._complete:
             return False
-        return isinstance(error, PeerLost) or (isinstance(error, Unavailable) and bool(self.avoid))
+        return isinstance(error, _LOST) or (isinstance(error, Unavailable) and bool(self._started.avoid))
 
     async def _attempt(self) -> MicroserveError | None:
         """Runs the program once. The error that it ended with."""
-        stream = self._program.start(self.request, RunFleet(self))
+        stream = self._program.start(self.request, RunFleet(self._started))
         try:
             await self._follow(stream)
             if self._complete or self.state is State.ENDED:
@@ -331,8 +341,6 @@ class Generation:
             now = self._clock()
             if self.first_token_at is None:
                 self.first_token_at = now
-                for charge in self._charges:
-                    charge.prefilled()
             else:
                 self.observe_gap(now - self.last_token_at)
             self.last_token_at = now
@@ -342,6 +350,9 @@ class Generation:
         if chunk.finish is not None:
             self._complete = True
             self.finish = chunk.finish
+            self._timer.cancel()
+            left = min(AFTERWARDS_SECONDS, max(0.0, self.deadline - self._clock()))
+            self._timer = self._loop.call_later(left, self._expire, left)
         if self._held is None:
             self._held = chunk
         elif not self._merge(chunk):
@@ -366,36 +377,6 @@ class Generation:
             return False
         return True
 
-    # --- what a strategy starts ------------------------------------------------------------------------------------
-
-    def pick(self, label: str | None) -> RunEngine:
-        self.check_open()
-        link = self._dispatcher.fleet.pick(self.request.model, label, avoid=self.avoid)
-        self._charges.append(Charge(link, len(self.request.prompt)))
-        return RunEngine(self, link)
-
-    def begin(self, link: EngineLink, body: StartGenerate) -> CallStream:
-        self.check_open()
-        client = link.client
-        if client is None:
-            raise PeerLost(f"the session with engine {link.id} is lost")
-        call = client.stream(body, budget=max(0.001, self.deadline - self._dispatcher.clock()))
-        self._calls.append(call)
-        if self._engines[-1:] != [link.id]:
-            self._engines.append(link.id)
-        return call
-
-    def next_sub_id(self) -> str:
-        return self._dispatcher.sub_ids.next()
-
-    def check_open(self) -> None:
-        """Raises `Cancelled` when the choice has ended: a strategy that goes on can start nothing."""
-        if self.state is State.ENDED:
-            raise Cancelled("the request has ended")
-
-    def candidates(self) -> list[str]:
-        return [link.id for link in self._dispatcher.fleet.candidates(self.request.model)]
-
 
 def _no_observer(_seconds: float) -> None:
     """Used where nobody measures."""
@@ -412,10 +393,13 @@ class Dispatcher:
         clock: Clock = time.monotonic,
         backlog: int = 4096,
         observer: Callable[[str, str], Callable[[float], None]] | None = None,
+        sub_ended: Callable[[SubRecord], None] = lambda record: None,
     ) -> None:
-        """`observer(model, version)` returns what is told of every gap between chunks, in seconds."""
+        """`observer(model, version)` returns what is told of every gap between chunks, in seconds; `sub_ended` is told
+        of every sub-request that has ended."""
         self.fleet = fleet
         self.ended = ended
+        self.sub_ended = sub_ended
         self.clock = clock
         # Always the machine's own: it times code, not waiting. (The built-in itself: it is read twice a token.)
         self.stopwatch: Clock = time.monotonic

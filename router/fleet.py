@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from microserve.router.link import EngineLink
+from microserve.router.prefix_index import PrefixIndex
 from microserve.runtime.clock import Clock, monotonic
 from microserve.runtime.errors import InternalError, MicroserveError, NoEngine, PeerLost
 from microserve.runtime.log import get_logger
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Prepare = Callable[[ModelInfo], Awaitable[None]]
 
+_NOTHING: Mapping[EngineLink, int] = types.MappingProxyType({})
 _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
 
 _log = get_logger(__name__)
@@ -51,6 +54,8 @@ class EngineFleet:
         self._links: dict[str, EngineLink] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._order = itertools.count(1)
+        self.prefixes: PrefixIndex[EngineLink] = PrefixIndex()
+        """What we believe that engines have cached, by incarnation."""
         self.changed: Callable[[], None] = lambda: None
 
     # --- membership ------------------------------------------------------------------------------------------------
@@ -105,6 +110,7 @@ class EngineFleet:
         link = self._links.pop(engine_id, None)
         if link is None or link.task is None:
             return
+        self.prefixes.forget(link)
         task, client = link.task, link.client
         task.cancel()
         self._leaving.add(task)
@@ -158,18 +164,36 @@ class EngineFleet:
         """The engines that can be picked for `model` now."""
         return [link for link in self._links.values() if link.info.model.name == model and link.pickable]
 
-    def pick(self, model: str, label: str | None = None, *, avoid: Collection[str] = ()) -> EngineLink:
-        """The least loaded engine of `model` outside `avoid`; among equals the one picked longest ago.
+    def link(self, engine_id: str) -> EngineLink | None:
+        """An engine by its id."""
+        return self._links.get(engine_id)
 
-        Engines that carry `label` are preferred, and so are those that are not degraded. Raises `NoEngine`.
+    def pick(
+        self,
+        model: str,
+        label: str | None = None,
+        *,
+        avoid: Collection[str] = (),
+        exclude: Collection[str] = (),
+        cached: Mapping[EngineLink, int] = _NOTHING,
+    ) -> EngineLink:
+        """The engine of `model` outside `avoid` with the least work before it; among equals the one picked longest ago.
+
+        With `cached`, prompt tokens that need not be computed by engine, those are taken off the work: what counts is
+        `work + prompt - cached`, all of it in prompt tokens, and the prompt is the same everywhere.
+
+        Others than `exclude` are preferred, then those that carry `label`, then those that are not degraded; each only
+        where there are any. Raises `NoEngine`.
         """
         found = [link for link in self.candidates(model) if link.info.engine_id not in avoid]
+        if exclude:
+            found = [link for link in found if link.info.engine_id not in exclude] or found
         if label is not None:
             found = [link for link in found if link.carries(label)] or found
         best: EngineLink | None = None
         best_key = (False, 0.0, 0)
         for link in found:
-            key = (link.load.state != "ready", link.work, link.picked)
+            key = (link.load.state != "ready", link.work - cached.get(link, 0), link.picked)
             if best is None or key < best_key:
                 best, best_key = link, key
         if best is None:

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from microserve.router.strategy import Chunk
-from microserve.runtime.codec import unpack_tokens
-from microserve.runtime.errors import MicroserveError, ProtocolError
-from microserve.runtime.messages import Generated, StartGenerate, Tokens
+from microserve.router.sub_requests import Pending, RunKv, RunSending
+from microserve.runtime.codec import pack_tokens, unpack_tokens
+from microserve.runtime.errors import InvalidRequest, MicroserveError, NoEngine, ProtocolError
+from microserve.runtime.messages import (
+    CacheMatch,
+    CacheMatched,
+    Commit,
+    Committed,
+    Generated,
+    PrepRecv,
+    RemoteSend,
+    SendReport,
+    StartGenerate,
+    Tokens,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from microserve.router.dispatch import Generation
-    from microserve.router.link import EngineLink
-    from microserve.runtime.messages import Load, TokenLogprobs
+    from microserve.router.link import Charge, EngineLink
+    from microserve.router.strategy import Kv, Sending
+    from microserve.router.sub_requests import SubRequests
+    from microserve.runtime.codec import TokenArray
+    from microserve.runtime.messages import Load, ReplyBody, TokenLogprobs
     from microserve.runtime.rpc import CallStream
+
+MOST_EXPECTED = 256
+"""Output tokens that a prepared receive keeps room for, unless the strategy says otherwise: few answers are as long as
+they may be."""
+
+_NOTHING_SENT = SendReport(computed=0, reused=0, bytes=0, seconds=0.0)
 
 
 class RunFleet:
@@ -23,25 +45,43 @@ class RunFleet:
 
     __slots__ = ("_run",)
 
-    def __init__(self, run: Generation) -> None:
+    def __init__(self, run: SubRequests) -> None:
         self._run = run
 
     @property
     def engines(self) -> list[str]:
-        return self._run.candidates()
+        return [link.id for link in self._run.fleet.candidates(self._run.request.model)]
 
-    def pick(self, label: str | None = None) -> RunEngine:
-        return self._run.pick(label)
+    def engine(self, engine_id: str) -> RunEngine:
+        run = self._run
+        link = run.fleet.link(engine_id)
+        if link is None or not link.pickable or link.info.model.name != run.request.model:
+            raise NoEngine(f"engine '{engine_id}' cannot serve '{run.request.model}' now", retry_after=1.0)
+        return RunEngine(run, link, None)
+
+    def pick(self, label: str | None = None, *, exclude: Collection[str] = (), prefix: bool = False) -> RunEngine:
+        run = self._run
+        run.check_open()
+        fleet, model = run.fleet, run.request.model
+        if prefix:
+            cached = run.all_matched()
+            link = fleet.pick(model, label, avoid=run.avoid, exclude=exclude, cached=cached)
+            matched = cached.get(link, 0)
+        else:
+            link = fleet.pick(model, label, avoid=run.avoid, exclude=exclude)
+            matched = run.matched(link, run.prompt_bytes)
+        return RunEngine(run, link, run.charge(link, len(run.request.prompt) - matched))
 
 
 class RunEngine:
-    """An `Engine` of one choice, charged with it."""
+    """An `Engine` of one choice. `charge` is what it was picked with; the first sub-request takes it over."""
 
-    __slots__ = ("_link", "_run")
+    __slots__ = ("_charge", "_link", "_run")
 
-    def __init__(self, run: Generation, link: EngineLink) -> None:
+    def __init__(self, run: SubRequests, link: EngineLink, charge: Charge | None) -> None:
         self._run = run
         self._link = link
+        self._charge = charge
 
     @property
     def id(self) -> str:
@@ -55,28 +95,181 @@ class RunEngine:
     def load(self) -> Load:
         return self._link.load
 
-    def start_generate(self, *, begin: int = 0) -> TokenStream:
-        run = self._run
+    @property
+    def work(self) -> float:
+        return self._link.work
+
+    @property
+    def matched(self) -> int:
+        return self._run.matched(self._link, self._run.prompt_bytes)
+
+    # --- sub-requests ------------------------------------------------------------------------------------------------
+
+    def prep_recv(
+        self,
+        *,
+        end: int | None = None,
+        prompt: Sequence[int] | TokenArray | None = None,
+        expect_tokens: int | None = None,
+        wait: float | None = None,
+    ) -> Pending[RunKv]:
+        run, link = self._run, self._link
+        data = run.prompt_bytes if prompt is None else pack_tokens(prompt)
+        if expect_tokens is None:
+            expect_tokens = min(run.request.sampling.max_tokens, MOST_EXPECTED) if prompt is None else 0
+        length = len(data) // 4
+        until = _position(end, length)
+        body = PrepRecv(
+            request_id=run.request.id,
+            sub_id=run.next_sub_id(),
+            prompt=data,
+            end=end,
+            expect_tokens=expect_tokens,
+            admit_by=run.admission(wait),
+        )
+        pending = run.prepare(link, body, until)
+        if self._charge is not None:
+            # What others send, this engine does not compute.
+            self._charge.expect(max(0, length - max(until, run.matched(link, data))))
+        return pending
+
+    def remote_send(self, kv: Kv, *, begin: int | None = None, end: int | None = None) -> RunSending:
+        run, link, kv = self._run, self._link, _own(kv)
+        run.check_open()
+        length = len(kv.prompt) // 4
+        first = min(kv.matched, kv.end) if begin is None else _position(begin, length)
+        last = kv.end if end is None else _position(end, length)
+        sending = RunSending(link, kv, first, last)
+        if first >= last:
+            self._drop_charge()
+            sending.settle(_NOTHING_SENT, None)
+            return sending
+        body = RemoteSend(
+            request_id=run.request.id,
+            sub_id=run.next_sub_id(),
+            prompt=kv.prompt,
+            address=kv.address,
+            begin=first,
+            end=last,
+        )
+        # It needs the KV of everything before the range, too.
+        run.send(sending, body, self._take_charge(last - min(last, run.matched(link, kv.prompt))))
+        return sending
+
+    def start_generate(
+        self,
+        kv: Kv | None = None,
+        *,
+        begin: int | None = None,
+        watch: Sending | Iterable[Sending] = (),
+        kv_wait: float | None = None,
+    ) -> TokenStream:
+        run, link = self._run, self._link
+        own = None if kv is None else _own(kv)
+        length = len(run.request.prompt)
+        if own is not None:
+            self._check_mine(own)
+        if begin is None:
+            begin = 0 if own is None else own.end
+        computed_from = (
+            run.matched(link, run.prompt_bytes) if own is None else max(_position(begin, length), own.matched)
+        )
         body = StartGenerate(
             request_id=run.request.id,
             sub_id=run.next_sub_id(),
             prompt=run.prompt_bytes,
             begin=begin,
             sampling=run.request.sampling,
+            lease=None if own is None else own.address.lease,
+            kv_wait=None if own is None else run.kv_wait(kv_wait),
         )
-        return TokenStream(run.begin(self._link, body), self._link.id, run.avoid)
+        return TokenStream(run, link, own, body, self._take_charge(max(1, length - computed_from)))
+
+    def commit(self, kv: Kv, *, wait: float | None = None) -> Pending[int]:
+        run, link, own = self._run, self._link, _own(kv)
+        self._check_mine(own)
+        pending: Pending[int] = Pending()
+        record = run.begin_record("commit", link, 0, own.end)
+        self._drop_charge()
+
+        def ended(reply: ReplyBody | None, error: MicroserveError | None) -> None:
+            if isinstance(reply, Committed):
+                own.over = True
+                run.cached(link, own.prompt, reply.committed_until)
+                pending.settle(reply.committed_until, None)
+            else:
+                pending.settle(None, error or _strange(link, reply))
+
+        body = Commit(
+            request_id=run.request.id,
+            sub_id=run.next_sub_id(),
+            lease=own.address.lease,
+            wait=run.patience(wait),
+        )
+        run.call(link, body, record, ended)
+        return pending
+
+    def release(self, kv: Kv) -> None:
+        self._run.release(_own(kv))
+
+    def cache_match(self, prompt: Sequence[int] | TokenArray | None = None) -> Pending[int]:
+        run, link = self._run, self._link
+        data = run.prompt_bytes if prompt is None else pack_tokens(prompt)
+        pending: Pending[int] = Pending()
+        record = run.begin_record("cache_match", link, 0, len(data) // 4)
+
+        def ended(reply: ReplyBody | None, error: MicroserveError | None) -> None:
+            if isinstance(reply, CacheMatched):
+                record.matched = reply.tokens
+                pending.settle(reply.tokens, None)
+            else:
+                pending.settle(None, error or _strange(link, reply))
+
+        run.call(link, CacheMatch(prompt=data), record, ended)
+        return pending
+
+    # --- inner -------------------------------------------------------------------------------------------------------
+
+    def _take_charge(self, tokens: int) -> Charge:
+        """The charge of a sub-request that has so many tokens to compute."""
+        charge, self._charge = self._charge, None
+        if charge is None:
+            return self._run.charge(self._link, tokens)
+        charge.expect(tokens)
+        return charge
+
+    def _drop_charge(self) -> None:
+        if self._charge is not None:
+            self._run.discharge(self._charge)
+            self._charge = None
+
+    def _check_mine(self, kv: RunKv) -> None:
+        if kv.link is not self._link:
+            raise InvalidRequest(f"the KV is prepared on engine {kv.engine}, not on {self.id}", param="kv")
 
 
 class TokenStream:
     """The chunks of one `start_generate`."""
 
-    __slots__ = ("_avoid", "_call", "_engine", "_finished")
+    __slots__ = ("_call", "_charge", "_finished", "_kv", "_link", "_record", "_run", "_waiting")
 
-    def __init__(self, call: CallStream, engine: str, avoid: set[str]) -> None:
-        self._call = call
-        self._engine = engine
-        self._avoid = avoid
+    def __init__(
+        self, run: SubRequests, link: EngineLink, kv: RunKv | None, body: StartGenerate, charge: Charge
+    ) -> None:
+        self._run = run
+        self._link = link
+        self._kv = kv
+        self._charge = charge
+        self._waiting = True
         self._finished = False
+        self._record = run.begin_record("start_generate", link, body.begin, len(run.request.prompt))
+        try:
+            self._call: CallStream = run.call(link, body, self._record, self._ended)
+        except MicroserveError:
+            run.discharge(charge)
+            raise
+        if run.generating[-1:] != [link.id]:
+            run.generating.append(link.id)
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -89,11 +282,11 @@ class TokenStream:
             body = await call.__anext__()
         except StopAsyncIteration:
             return self._last(Chunk([]))
-        except MicroserveError:
-            # Should the program run again, then not here.
-            self._avoid.add(self._engine)
-            raise
         chunk = Chunk(*_tokens(body))
+        if self._waiting:
+            self._begun()
+            if type(body) is Tokens and body.cached is not None:
+                self._run.began(self._link, self._kv, body.cached)
         for body in call.take():
             ids, logprobs = _tokens(body)
             chunk.tokens += ids
@@ -108,11 +301,32 @@ class TokenStream:
                 return chunk
         return chunk
 
+    def _begun(self) -> None:
+        """The prompt is computed, and a lease used up."""
+        self._waiting = False
+        self._charge.expect(0)
+        if self._kv is not None:
+            self._kv.over = True
+        run = self._run
+        run.cached(self._link, run.prompt_bytes, len(run.request.prompt))
+
+    def _ended(self, reply: ReplyBody | None, error: MicroserveError | None) -> None:
+        if self._waiting and error is None:
+            self._begun()
+        self._run.discharge(self._charge)
+
     def _last(self, chunk: Chunk) -> Chunk:
         reply = self._call.reply
         if type(reply) is not Generated:
-            raise ProtocolError(f"engine {self._engine} ended a generation with {type(reply).__name__}")
+            raise _strange(self._link, reply)
         self._finished = True
+        usage, record = reply.usage, self._record
+        cached = usage.cached_tokens
+        record.matched, record.reused = cached, cached + reply.received_tokens
+        record.computed = usage.prompt_tokens - record.reused
+        whole = self._run.cached_tokens(self._link, self._kv, cached, reply.received_tokens)
+        if whole != cached:
+            reply = msgspec.structs.replace(reply, usage=msgspec.structs.replace(usage, cached_tokens=whole))
         chunk.finish = reply
         return chunk
 
@@ -124,3 +338,20 @@ def _tokens(body: object) -> tuple[list[int], list[TokenLogprobs] | None]:
     if len(ids) == 4:
         return [int.from_bytes(ids, "little", signed=True)], body.logprobs
     return unpack_tokens(ids).tolist(), body.logprobs
+
+
+def _position(index: int | None, length: int) -> int:
+    """As engines count: None is the end, and what is negative counts from there."""
+    if index is None:
+        return length
+    return index if index >= 0 else max(0, length + index)
+
+
+def _own(kv: Kv) -> RunKv:
+    if not isinstance(kv, RunKv):
+        raise InvalidRequest(f"{type(kv).__name__} is not what prep_recv gives", param="kv")
+    return kv
+
+
+def _strange(link: EngineLink, reply: object) -> ProtocolError:
+    return ProtocolError(f"engine {link.id} answered with {type(reply).__name__}")

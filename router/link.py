@@ -18,7 +18,10 @@ _FULL = 0.8
 
 
 class Charge:
-    """What one choice adds to the load of one engine, from the moment it was picked. Released by the dispatcher."""
+    """What one choice adds to the load of one engine: a request, and prompt tokens that the engine is to compute.
+
+    Taken when the engine is picked or asked for something; released by the dispatcher.
+    """
 
     __slots__ = ("_link", "_open", "_tokens")
 
@@ -29,10 +32,12 @@ class Charge:
         link.charged_tokens += tokens
         link.charged_requests += 1
 
-    def prefilled(self) -> None:
-        """The prompt is computed: what is left of the charge is a decoding request."""
-        self._link.charged_tokens -= self._tokens
-        self._tokens = 0
+    def expect(self, tokens: int) -> None:
+        """The engine has so many prompt tokens to compute for it; 0 when they are computed, and a decoding request is
+        left. No effect after the release."""
+        if self._open:
+            self._link.charged_tokens += tokens - self._tokens
+            self._tokens = tokens
 
     def release(self) -> None:
         """Give the charge back. Idempotent."""

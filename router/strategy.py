@@ -3,12 +3,16 @@
 A strategy is an async generator function. Its keyword-only parameters, with types and defaults, are its settings::
 
     @strategy
-    async def data_parallel(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
-        async for chunk in fleet.pick().start_generate():
+    async def balanced(request: Request, fleet: Fleet, *, ratio: float = 0.2) -> AsyncIterator[Chunk]:
+        decode = fleet.pick("decode")
+        prefill = fleet.pick("prefill", exclude=[decode.id])
+        kv = await decode.prep_recv(end=request.page_aligned(1 - ratio))
+        sending = prefill.remote_send(kv)
+        async for chunk in decode.start_generate(kv, watch=sending):
             yield chunk
 
-Everything it starts belongs to the dispatcher: sub-calls are cancelled and load charges given back on every way out,
-so a strategy needs no `try` and no timeout.
+Everything it starts belongs to the dispatcher: sub-requests are cancelled, leases released and load charges given back
+on every way out, so a strategy needs no `try` and no timeout.
 """
 
 from __future__ import annotations
@@ -20,13 +24,15 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from microserve.runtime.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Collection, Generator, Iterable, Sequence
+
     from microserve.runtime.codec import TokenArray
-    from microserve.runtime.messages import Generated, Load, SamplingParams, TokenLogprobs
+    from microserve.runtime.messages import Generated, KvAddress, Load, SamplingParams, SendReport, TokenLogprobs
 
 SettingValue = int | float | str | bool
 StrategyFunction = Callable[..., AsyncIterator["Chunk"]]
@@ -77,8 +83,63 @@ class Request:
         return min(pages, length // self.page_size) * self.page_size
 
 
+class Kv(Protocol):
+    """Room on one engine for the KV of a prompt: a lease, which the dispatcher gives back when nothing uses it up."""
+
+    @property
+    def engine(self) -> str:
+        """Id of the engine that it is on."""
+        ...
+
+    @property
+    def address(self) -> KvAddress: ...
+
+    @property
+    def matched(self) -> int:
+        """Tokens that the engine had cached: whole pages, and perhaps more than `end`."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Where the awaited range ends."""
+        ...
+
+    @property
+    def missing(self) -> int:
+        """Tokens of the awaited range `[matched, end)`; 0 when all of it is there."""
+        ...
+
+
+class Sending(Protocol):
+    """A `remote_send`, which runs whether anybody waits for it or not.
+
+    Awaiting it gives the report, or raises its error. When it fails, the receiver is told by itself and computes what
+    does not come: only a program that has something better to do needs to look.
+    """
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended in an error."""
+        ...
+
+    def cancel(self) -> None:
+        """It is not wanted any more: as if it had failed. No effect after the end."""
+        ...
+
+    def __await__(self) -> Generator[Any, None, SendReport]: ...
+
+
 class Engine(Protocol):
-    """One engine, for one choice. What is called on it runs at once and belongs to the dispatcher."""
+    """One engine, for one choice.
+
+    What is called on it runs from then on, is bounded by the request's deadline and belongs to the dispatcher, which
+    ends it with the choice. What may be awaited gives its answer or raises the engine's error, and may be left alone.
+    """
 
     @property
     def id(self) -> str: ...
@@ -91,12 +152,72 @@ class Engine(Protocol):
         """As the engine last reported it."""
         ...
 
-    def start_generate(self, *, begin: int = 0) -> AsyncIterator[Chunk]:
+    @property
+    def work(self) -> float:
+        """What stands before a new request there, in prompt tokens, this choice's own included: what `pick` compares."""
+        ...
+
+    @property
+    def matched(self) -> int:
+        """Tokens of the request's prompt that the engine probably has cached, as this router remembers."""
+        ...
+
+    def prep_recv(
+        self,
+        *,
+        end: int | None = None,
+        prompt: Sequence[int] | TokenArray | None = None,
+        expect_tokens: int | None = None,
+        wait: float | None = None,
+    ) -> Awaitable[Kv]:
+        """Lock what is cached of the prompt, and make room for the KV of the rest of `[0, end)`.
+
+        `end` None is the prompt's end, a negative one counts from there. `prompt`: another one than the request's.
+        `expect_tokens`: output that room is kept for; by default `max_tokens`, at most 256. `wait`: seconds until it is
+        refused with `Busy`; by default half of the request's time, or none at all while the choice has another lease
+        (two choices could wait for each other).
+        """
+        ...
+
+    def remote_send(self, kv: Kv, *, begin: int | None = None, end: int | None = None) -> Sending:
+        """Produce KV of `[begin, end)` here, and push it to where `kv` is. By default all that is awaited there.
+
+        `begin` stands at a page, `end` at a page or at the end of `kv`. An empty range is done at once.
+        """
+        ...
+
+    def start_generate(
+        self,
+        kv: Kv | None = None,
+        *,
+        begin: int | None = None,
+        watch: Sending | Iterable[Sending] = (),
+        kv_wait: float | None = None,
+    ) -> AsyncIterator[Chunk]:
         """Start to prefill the request's prompt from `begin` and to decode; returns the chunks as they come.
+
+        With `kv`, which has to be on this engine: as soon as the KV before `begin` (by default its `end`) has arrived;
+        what does not come within `kv_wait` seconds (by default as the engine is configured) is computed. The
+        dispatcher watches over every sending into `kv`; `watch` only says so to whoever reads the program.
 
         The call is sent now, not at the first iteration. Tokens that arrived while nobody looked come as one chunk.
         The iterator ends after the chunk whose `finish` is set, or raises the engine's error.
         """
+        ...
+
+    def commit(self, kv: Kv, *, wait: float | None = None) -> Awaitable[int]:
+        """What arrived of `kv` enters this engine's prefix tree, and the lease ends; up to which position that is.
+
+        `wait`: seconds for what is on its way; by default half of the request's time.
+        """
+        ...
+
+    def release(self, kv: Kv) -> None:
+        """`kv` is not needed any more. Else it is given back when the choice ends."""
+        ...
+
+    def cache_match(self, prompt: Sequence[int] | TokenArray | None = None) -> Awaitable[int]:
+        """Tokens of the prompt (None: the request's) that the engine has cached, from itself."""
         ...
 
 
@@ -108,11 +229,20 @@ class Fleet(Protocol):
         """Ids of the engines that may be picked now."""
         ...
 
-    def pick(self, label: str | None = None) -> Engine:
-        """The least loaded engine, charged with this request from now on until the choice ends.
+    def engine(self, engine_id: str) -> Engine:
+        """The engine of that id, without a charge. Raises `NoEngine` when it cannot be picked now."""
+        ...
 
-        `label` ("prefill", or "zone=b") prefers engines that carry it; engines have no fixed role, so when none
-        does, all are considered. Raises `NoEngine` when there is no engine to pick.
+    def pick(self, label: str | None = None, *, exclude: Collection[str] = (), prefix: bool = False) -> Engine:
+        """The engine with the least work before it, charged with this request from now on.
+
+        Engines have no fixed role, so what follows are preferences, the first one strongest; each is dropped when no
+        engine meets it. `exclude`: ids of engines that others are to be preferred to. `label` ("prefill", or "zone=b"):
+        engines that carry it.
+
+        `prefix` weighs what is cached against load: least `work + len(prompt) - matched` (see `Engine`), in tokens.
+        The charge moves to the first sub-request, is what that one makes the engine compute, and ends with it.
+        Raises `NoEngine` when there is no engine to pick.
         """
         ...
 

@@ -222,10 +222,12 @@ def _cancelled_already(_reason: MicroserveError) -> None:
 class CallStream:
     """The answer of a streamed call, as it arrives: `async for body in stream`, then `stream.reply`."""
 
-    __slots__ = ("_client", "_ended", "_error", "_parts", "_reply", "_timer", "_waiter", "id")
+    __slots__ = ("_client", "_ended", "_error", "_parts", "_reply", "_timer", "_waiter", "id", "on_end")
 
     def __init__(self, client: RpcClient, id: int) -> None:
         self.id = id
+        self.on_end: Callable[[], None] | None = None
+        """Called once when the terminal answer is here, unless that was before it was set (see `ended`)."""
         self._client = client
         self._parts: deque[ReplyBody] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -265,6 +267,11 @@ class CallStream:
         """Whether the terminal answer is here; bodies may still wait to be taken."""
         return self._ended
 
+    @property
+    def error(self) -> MicroserveError | None:
+        """What ended the call, unless it ended well or has not."""
+        return self._error
+
     def take(self) -> list[ReplyBody]:
         """Everything that has arrived and was not iterated yet, in order; does not wait."""
         bodies = list(self._parts)
@@ -302,6 +309,8 @@ class CallStream:
             self._timer.cancel()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self.on_end is not None:
+            self.on_end()
 
 
 class RpcClient:

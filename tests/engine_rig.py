@@ -172,14 +172,21 @@ class Rig:
 
     def read(self) -> None:
         for output in self.scheduler.take_outputs():
-            seen = self.seen[output.request]
-            assert seen.end is None, "an output after the terminal one"
-            if isinstance(output.body, Tokens):
-                assert not output.final
-                seen.tokens.extend(unpack_tokens(output.body.ids).tolist())
-            else:
-                assert output.final
-                seen.end = output.body
+            assert isinstance(output.request, Request)
+            self.see(output.request, output.body, output.final)
+
+    def see(self, request: Request, body: object, final: bool) -> None:
+        """An output of a generation."""
+        seen = self.seen[request]
+        assert seen.end is None, "an output after the terminal one"
+        assert final is not isinstance(body, Tokens)
+        if isinstance(body, Tokens):
+            # Said with the first tokens, and with them alone.
+            assert (body.cached is None) is bool(seen.tokens)
+            seen.tokens.extend(unpack_tokens(body.ids).tolist())
+        else:
+            assert isinstance(body, Generated | MicroserveError)
+            seen.end = body
 
     def expected(self, request: Request, count: int) -> list[int]:
         """What the fake model answers, whatever the scheduler does."""

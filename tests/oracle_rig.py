@@ -53,11 +53,13 @@ class Serving:
             self.executor.launch(plan)
             self.scheduler.complete(self.executor.collect(), 0.0)
             for output in self.scheduler.take_outputs():
+                assert isinstance(output.request, Request)
                 answer, body = answers[output.request], output.body
                 if isinstance(body, Tokens):
                     answer.tokens.extend(unpack_tokens(body.ids).tolist())
                     answer.logprobs.extend(body.logprobs or [])
                 else:
+                    assert isinstance(body, Generated | Exception)
                     answer.end = body
         self.scheduler.check_integrity()
         pages = self.cache.statistics()

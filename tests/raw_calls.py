@@ -6,7 +6,18 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from microserve.runtime.codec import from_info, unpack_tokens
-from microserve.runtime.messages import Batch, Call, Cancel, Failure, Finished, Generated, Part, Reply, TextChunk, Tokens
+from microserve.runtime.messages import (
+    Batch,
+    Call,
+    Cancel,
+    Failure,
+    Finished,
+    Generated,
+    Part,
+    Reply,
+    TextChunk,
+    Tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

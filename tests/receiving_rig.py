@@ -12,7 +12,7 @@ from microserve.engine.outputs import CommitTicket, Computed, Opened, Prepare, R
 from microserve.engine.receiving import Receiving
 from microserve.kv.leases import LeaseTable
 from microserve.runtime.errors import MicroserveError
-from microserve.runtime.messages import Committed, Tokens
+from microserve.runtime.messages import Committed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,14 +150,16 @@ class KvRig(Rig):
             assert isinstance(body, MicroserveError)
             self.answers[who] = body
         else:
-            seen = self.seen[who]
-            assert seen.end is None, "an output after the terminal one"
-            if isinstance(body, Tokens):
-                seen.tokens.extend(np.frombuffer(body.ids, dtype="<i4").tolist())
-            else:
-                seen.end = body  # type: ignore[assignment]
+            self.see(who, body, output.final)
 
     def assert_empty(self) -> None:
         self.receiving.check_integrity()
         assert len(self.leases) == 0
         super().assert_empty()
+
+
+def sent(sender: KvRig, prompt: Sequence[int]) -> np.ndarray:
+    """Computes a prompt's KV at `sender`; the pages. The send goes on holding them."""
+    request = sender.send(prompt)
+    sender.run()
+    return sender.sent_pages(request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engine_rig import Rig, make_request
+from tests.receiving_rig import KvRig
 
 from microserve.engine.loop import StepLoop
 from microserve.engine.request import State
@@ -56,8 +57,8 @@ class FailingExecutor:
 class Bench:
     """A loop over a rig; what it posts is done at once, or kept by `mailbox`."""
 
-    def __init__(self, **options: Any) -> None:
-        self.rig = Rig(**options)
+    def __init__(self, rig: Rig | None = None, **options: Any) -> None:
+        self.rig = rig if rig is not None else Rig(**options)
         self.executor = FailingExecutor(self.rig)
         self.delivered: list[list[Output]] = []
         self.crashes: list[BaseException] = []
@@ -67,6 +68,7 @@ class Bench:
             post=self.post,
             deliver=self.delivered.append,
             crashed=self.crashes.append,
+            receiving=self.rig.receiving if isinstance(self.rig, KvRig) else None,
             clock=self.rig.clock,
         )
 
@@ -80,7 +82,8 @@ class Bench:
         return count
 
     def bodies(self, request: Request) -> list[Tokens | Generated | MicroserveError]:
-        return [output.body for outputs in self.delivered for output in outputs if output.request is request]
+        bodies = [output.body for outputs in self.delivered for output in outputs if output.request is request]
+        return [body for body in bodies if isinstance(body, Tokens | Generated | MicroserveError)]
 
     def end(self, request: Request) -> Generated | MicroserveError:
         last = self.bodies(request)[-1]
@@ -248,6 +251,63 @@ def test_a_loop_that_waits_for_pages_looks_again_and_at_the_nearest_deadline() -
     assert isinstance(bench.end(request), Busy)
     bench.rig.cache.free(pages)
     bench.rig.assert_empty()
+
+
+def test_an_idle_engine_wakes_up_for_what_ends_by_time() -> None:
+    rig = KvRig(term=30.0)
+    bench = Bench(rig)
+    assert _wait(bench) is None
+    lease = rig.lease([1] * 6)
+    assert _wait(bench) == 30.0
+    waiting = rig.prepare([2] * 125, admit_by=rig.clock() + 50.0)
+    assert _wait(bench) == pytest.approx(0.05)
+    rig.receiving.abort_prepare(waiting)
+    rig.claim(lease, 0, 6)
+    rig.clock.advance(31.0)
+    assert _wait(bench) == 60.0  # until the quarantine is old
+    assert len(rig.leases) == 0
+    assert bench.loop.load.state == "ready"
+    rig.clock.advance(60.0)
+    assert _wait(bench) is None
+    assert bench.loop.load.state == "degraded"
+    rig.receiving.sender_dead("a", 1, rig.clock())
+    assert _wait(bench) is None
+    assert bench.loop.load.state == "ready"
+    rig.assert_empty()
+
+
+def test_an_idle_engine_ends_pins() -> None:
+    rig = KvRig()
+    bench = Bench(rig)
+    bench.loop.submit(make_request([1] * 6, max_tokens=1))
+    bench.turns()
+    rig.cache.pin([1] * 6, 5.0)
+    assert _wait(bench) == 5.0
+    rig.clock.advance(5.0)
+    assert _wait(bench) is None
+    rig.assert_empty()
+
+
+def test_kv_that_is_awaited_costs_no_turns() -> None:
+    """Arrivals are commands: they wake the loop up."""
+    rig = KvRig()
+    bench = Bench(rig)
+    lease = rig.lease([1] * 6)
+    request = make_request([1] * 6, max_tokens=1)
+    bench.loop.command(lambda: rig.receiving.start(request, lease.id, 6, rig.clock() + 7.0, rig.clock()))
+    assert _wait(bench) == 7.0
+    send = make_request([3] * 6, max_tokens=1)
+    send.sends = True
+    bench.loop.command(lambda: rig.scheduler.submit_send(send, rig.clock()))
+    bench.turns()
+    assert _wait(bench) == 7.0
+    rig.scheduler.finish_send(send)
+    rig.clock.advance(7.0)
+    bench.turns()
+    generated = bench.end(request)
+    assert isinstance(generated, Generated)
+    assert generated.recomputed_tokens == 6
+    rig.assert_empty()
 
 
 # --- the thread ----------------------------------------------------------------------------------------------------

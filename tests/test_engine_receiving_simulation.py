@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from tests.engine_rig import PAGE, VOCABULARY, make_request
 from tests.receiving_rig import KvRig
@@ -31,6 +30,8 @@ from microserve.runtime.errors import (
 from microserve.runtime.messages import Generated
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from microserve.engine.outputs import CommitTicket
     from microserve.engine.plan import Slice
     from microserve.engine.request import Request

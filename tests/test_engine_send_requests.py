@@ -208,3 +208,21 @@ def test_two_sends_of_one_prompt_share_what_is_in_the_tree() -> None:
     for send in (first, second):
         rig.finish(send)
     rig.assert_empty()
+
+
+def test_a_starved_decode_takes_no_pages_from_a_send_that_still_computes() -> None:
+    rig = KvRig(pages=8, prefill_chunk=1)
+    request = rig.submit(make_request([40] * 9, max_tokens=20, ignore_eos=True))
+    while not rig.seen[request].tokens:
+        rig.step()
+    send = rig.send(WHOLE)
+    while request.state is State.DECODE:
+        rig.step()
+    assert request.state is State.PREEMPTED
+    assert send.state is State.PREFILL
+    rig.run()
+    assert len(rig.sent_pages(send)) == 4
+    rig.finish(send)
+    rig.run()
+    assert rig.seen[request].tokens == rig.expected(request, 20)
+    rig.assert_empty()

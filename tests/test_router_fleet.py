@@ -207,8 +207,8 @@ def test_charges_weigh_until_they_are_released() -> None:
     engine = link()
     charge = Charge(engine, 100)
     assert engine.work == 100 + REQUEST_TOKENS
-    charge.prefilled()
-    charge.prefilled()
+    charge.expect(0)
+    charge.expect(0)
     assert engine.work == REQUEST_TOKENS
     charge.release()
     charge.release()

@@ -35,6 +35,7 @@ def test_a_switch_under_200_streams() -> None:
             versions = {pool: await set_pool(client, pool) for pool in POOLS}
             assert len(set(versions.values())) == 2
             served: list[tuple[str, str]] = []
+            one_more = asyncio.Event()
             numbers = iter(range(1_000_000))
             going = True
 
@@ -42,14 +43,18 @@ def test_a_switch_under_200_streams() -> None:
                 """One stream after the other, for as long as the strategy changes."""
                 while going:
                     served.append(await stream(client, next(numbers)))
+                    one_more.set()
 
             async with asyncio.TaskGroup() as group:
                 for _ in range(STREAMS):
                     group.create_task(keep_one())
                 for change in range(CHANGES):
-                    before = len(served)
+                    enough = len(served) + STREAMS
                     await set_pool(client, POOLS[change % 2])
-                    await until_served(served, before + STREAMS)
+                    async with asyncio.timeout(60):
+                        while len(served) < enough:
+                            one_more.clear()
+                            await one_more.wait()
                 going = False
             assert Counter(served).keys() == {(versions[pool], f"decode-{pool}") for pool in POOLS}
             assert min(Counter(served).values()) >= STREAMS
@@ -73,9 +78,3 @@ async def set_pool(client: AsyncClient, pool: str) -> str:
     reply = await client.set_strategy("pair", settings={"pool": pool})
     (active,) = reply.active
     return active.version
-
-
-async def until_served(served: list[tuple[str, str]], count: int) -> None:
-    async with asyncio.timeout(60):
-        while len(served) < count:
-            await asyncio.sleep(0.01)

@@ -1,0 +1,482 @@
+"""What one choice has started at engines: calls, leases, charges. Whatever ends the choice gives all of it back.
+
+Giving back is posting: calls are cancelled first, then leases are released, and nobody waits for an answer. Leases that
+are granted after that are released as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from microserve.router.link import Charge
+from microserve.router.prefix_index import page_names
+from microserve.runtime.errors import Cancelled, MicroserveError, PeerLost, ProtocolError, Unavailable
+from microserve.runtime.messages import Abort, Forgo, KvAddress, Prepared, Release, SendReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Mapping
+
+    from microserve.router.fleet import EngineFleet
+    from microserve.router.link import EngineLink
+    from microserve.router.strategy import Request
+    from microserve.runtime.clock import Clock
+    from microserve.runtime.ids import IdSource
+    from microserve.runtime.messages import CacheMatch, Commit, PrepRecv, RemoteSend, ReplyBody, StartGenerate
+    from microserve.runtime.rpc import CallStream
+
+    Verb = PrepRecv | RemoteSend | StartGenerate | Commit | CacheMatch
+    Posted = Abort | Forgo | Release
+
+T = TypeVar("T")
+
+MOST_RECORDS = 64
+"""Sub-requests of one choice that are remembered."""
+
+_POST_BUDGET = 10.0
+"""Seconds after which the answer to something posted, which nobody looks at, is not expected any more."""
+
+_GRACE = 5.0
+"""Seconds beyond the end of a choice for which the answer of a preparation is waited for, to give its lease back."""
+
+_ENGINES_WAIT = 10.0
+"""Seconds that engines wait for KV where a call does not say (`kv_wait` of their configuration)."""
+
+
+@dataclass(slots=True)
+class SubRecord:
+    """One sub-request of a choice, for whoever looks at it. Times are those of the router's clock."""
+
+    verb: str
+    engine: str
+    begin: int
+    end: int
+    """The positions that it is about."""
+    started: float
+    ended: float | None = None
+    outcome: str = ""
+    """"ok" or the code of an error; "" while it runs."""
+    matched: int = 0
+    computed: int = 0
+    reused: int = 0
+    nbytes: int = 0
+
+
+class Pending(Generic[T]):
+    """A sub-request that runs, whether somebody waits for it or not. Awaiting it, any number of times, gives its answer
+    or raises its error; whoever stops waiting does not stop it."""
+
+    __slots__ = ("_answer", "_error", "_loop", "_waiters")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._answer: T | None = None
+        self._error: MicroserveError | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._answer is not None or self._error is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended in an error."""
+        return self._error is not None
+
+    @property
+    def error(self) -> MicroserveError | None:
+        """What it has ended with, if not well."""
+        return self._error
+
+    @property
+    def answer(self) -> T | None:
+        """What it has brought, once it has ended well."""
+        return self._answer
+
+    def __await__(self) -> Generator[Any, None, T]:
+        while self._answer is None:
+            if self._error is not None:
+                raise self._error
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            yield from waiter
+        return self._answer
+
+    def settle(self, answer: T | None, error: MicroserveError | None) -> None:
+        """It has ended. No effect after the end."""
+        if self.done:
+            return
+        self._answer, self._error = answer, error
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+
+class RunKv:
+    """A lease of one choice. Implements `strategy.Kv`."""
+
+    __slots__ = ("address", "link", "over", "prompt", "sendings")
+
+    def __init__(self, link: EngineLink, address: KvAddress, prompt: bytes) -> None:
+        self.address = address
+        self.link = link
+        self.prompt = prompt
+        """The prompt that it was prepared for, as it travels."""
+        self.over = False
+        """The engine has used it up: there is nothing to release."""
+        self.sendings: list[RunSending] = []
+
+    @property
+    def engine(self) -> str:
+        return self.address.engine_id
+
+    @property
+    def matched(self) -> int:
+        return self.address.matched
+
+    @property
+    def end(self) -> int:
+        return self.address.end
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.address.end - self.address.matched)
+
+
+class RunSending(Pending[SendReport]):
+    """A `remote_send`. Implements `strategy.Sending`."""
+
+    __slots__ = ("begin", "call", "end", "kv", "sender")
+
+    def __init__(self, sender: EngineLink, kv: RunKv, begin: int, end: int) -> None:
+        super().__init__()
+        self.sender = sender
+        self.kv = kv
+        self.begin = begin
+        self.end = end
+        self.call: CallStream | None = None
+
+    def cancel(self) -> None:
+        if self.call is not None:
+            self.call.cancel()
+
+
+class SubRequests:
+    """Everything that one choice has started. `told` is given every record when it has ended."""
+
+    def __init__(
+        self,
+        request: Request,
+        prompt_bytes: bytes,
+        *,
+        fleet: EngineFleet,
+        clock: Clock,
+        deadline: float,
+        sub_ids: IdSource,
+        told: Callable[[SubRecord], None],
+    ) -> None:
+        self.request = request
+        self.prompt_bytes = prompt_bytes
+        self.fleet = fleet
+        self.avoid: set[str] = set()
+        """Engines that would not, or died: not picked when the program runs again."""
+        self.generating: list[str] = []
+        """Engines that were asked to generate, in order."""
+        self.records: list[SubRecord] = []
+        self._clock = clock
+        self._deadline = deadline
+        self._sub_ids = sub_ids
+        self._told = told
+        self._closed = self._letting_go = False
+        self._open: dict[CallStream, Callable[[], None]] = {}
+        """How each open call is stopped."""
+        self._preparing = 0
+        self._kvs: list[RunKv] = []
+        self._charges: list[Charge] = []
+        self._names: list[int] | None = None
+        self._began: tuple[EngineLink, RunKv | None, int] | None = None
+
+    # --- making calls ------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raises `Cancelled` when the choice has ended: a strategy that goes on can start nothing."""
+        if self._closed:
+            raise Cancelled("the request has ended")
+
+    def next_sub_id(self) -> str:
+        return self._sub_ids.next()
+
+    def charge(self, link: EngineLink, tokens: int) -> Charge:
+        """Counts work on an engine, until it is released, or the choice ends."""
+        self.check_open()
+        charge = Charge(link, tokens)
+        self._charges.append(charge)
+        return charge
+
+    def discharge(self, charge: Charge) -> None:
+        """The work is done, or will not be."""
+        charge.release()
+        with contextlib.suppress(ValueError):
+            self._charges.remove(charge)
+
+    def call(
+        self,
+        link: EngineLink,
+        body: Verb,
+        record: SubRecord,
+        ended: Callable[[ReplyBody | None, MicroserveError | None], None],
+        *,
+        stop: Callable[[], None] | None = None,
+        grace: float = 0.0,
+    ) -> CallStream:
+        """Sends a call now. `ended` is told its answer or error, once, and never before this returns.
+
+        `stop` is called in place of cancelling it when the choice ends. Raises what keeps it from being sent.
+        """
+        self.check_open()
+        try:
+            client = link.client
+            if client is None:
+                raise PeerLost(f"the session with engine {link.id} is lost")
+            call = client.stream(body, budget=max(0.001, self.remaining) + grace)
+        except MicroserveError as error:
+            self._blame(link, error)
+            self.finish(record, error.code)
+            raise
+
+        def on_end() -> None:
+            self._open.pop(call, None)
+            call.on_end = None
+            error = call.error
+            if error is not None:
+                self._blame(link, error)
+            self.finish(record, "ok" if error is None else error.code)
+            ended(None if error is not None else call.reply, error)
+
+        self._open[call] = stop if stop is not None else call.cancel
+        if call.ended:
+            asyncio.get_running_loop().call_soon(on_end)
+        else:
+            call.on_end = on_end
+        return call
+
+    def begin_record(self, verb: str, link: EngineLink, begin: int, end: int) -> SubRecord:
+        """What will be known of a sub-request that is about to start."""
+        record = SubRecord(verb, link.id, begin, end, self._clock())
+        if len(self.records) < MOST_RECORDS:
+            self.records.append(record)
+        return record
+
+    def finish(self, record: SubRecord, outcome: str) -> None:
+        """A sub-request has ended. No effect the second time."""
+        if record.ended is None:
+            record.ended = self._clock()
+            record.outcome = outcome
+            self._told(record)
+
+    def _blame(self, link: EngineLink, error: MicroserveError) -> None:
+        gone = link.client is None or link.client.closed
+        # A sender also says "peer lost" of the receiver.
+        if isinstance(error, Unavailable) or (isinstance(error, PeerLost) and gone):
+            self.avoid.add(link.id)
+
+    def post(self, link: EngineLink, body: Posted) -> None:
+        """Says something that nobody waits for. A session that is lost gives back by itself what belonged to it."""
+        if link.client is not None:
+            with contextlib.suppress(PeerLost):
+                link.client.stream(body, budget=_POST_BUDGET)
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the choice has to be complete."""
+        return self._deadline - self._clock()
+
+    def patience(self, asked: float | None) -> float:
+        """How long to wait for something: as asked, and at most half of the time that is left, so that there is time to
+        do without."""
+        half = max(0.0, self.remaining / 2)
+        return half if asked is None else min(asked, half)
+
+    def kv_wait(self, asked: float | None) -> float | None:
+        """How long an engine is to wait for KV; None: as its operator has set."""
+        wait = self.patience(asked)
+        return None if asked is None and wait >= _ENGINES_WAIT else wait
+
+    def admission(self, asked: float | None) -> float | None:
+        """How long a preparation may wait for room. Who holds a lease, or may get one, does not wait for another unless
+        it says so: two such choices could wait for each other."""
+        holds = self._preparing or any(not kv.over for kv in self._kvs)
+        return None if holds and asked is None else self.patience(asked)
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, link: EngineLink, body: PrepRecv, end: int) -> Pending[RunKv]:
+        """Asks for a lease; it belongs to the choice as soon as it is there."""
+        pending: Pending[RunKv] = Pending()
+        record = self.begin_record("prep_recv", link, 0, end)
+        given_up = False
+
+        def ended(reply: ReplyBody | None, error: MicroserveError | None) -> None:
+            address = reply.address if isinstance(reply, Prepared) else None
+            if given_up:
+                # It was granted before the engine heard that nobody wants it any more.
+                if address is not None:
+                    self.post(link, Release(lease=address.lease))
+                return
+            self._preparing -= 1
+            if address is None:
+                pending.settle(None, error or ProtocolError(f"engine {link.id} prepared with {type(reply).__name__}"))
+                return
+            record.matched = address.matched
+            kv = RunKv(link, address, body.prompt)
+            self._kvs.append(kv)
+            pending.settle(kv, None)
+
+        def stop() -> None:
+            # Not a cancel: after that the answer would be dropped, and a lease in it with it.
+            nonlocal given_up
+            given_up = True
+            self._preparing -= 1
+            self.post(link, Abort(sub_id=body.sub_id))
+            error = Cancelled("the request has ended")
+            self.finish(record, error.code)
+            pending.settle(None, error)
+
+        self.call(link, body, record, ended, stop=stop, grace=_GRACE)
+        self._preparing += 1
+        return pending
+
+    def release(self, kv: RunKv) -> None:
+        """Nobody needs the lease any more. Idempotent."""
+        if not kv.over:
+            kv.over = True
+            self.post(kv.link, Release(lease=kv.address.lease))
+        if kv in self._kvs:
+            self._kvs.remove(kv)
+
+    def send(self, sending: RunSending, body: RemoteSend, charge: Charge) -> None:
+        """Starts a send. A failure, to start it even, is the sending's, and the receiver is told what will not come."""
+        link, kv = sending.sender, sending.kv
+        record = self.begin_record("remote_send", link, sending.begin, sending.end)
+        kv.sendings.append(sending)
+
+        def ended(reply: ReplyBody | None, error: MicroserveError | None) -> None:
+            self.discharge(charge)
+            if isinstance(reply, SendReport):
+                record.computed, record.reused, record.nbytes = reply.computed, reply.reused, reply.bytes
+                self.cached(link, kv.prompt, sending.end)
+                sending.settle(reply, None)
+            else:
+                sending.settle(None, error or ProtocolError(f"engine {link.id} sent with {type(reply).__name__}"))
+                self._forgo(sending)
+
+        try:
+            sending.call = self.call(link, body, record, ended)
+        except MicroserveError as error:
+            self.check_open()
+            ended(None, error)
+
+    def _forgo(self, sending: RunSending) -> None:
+        """Tells the receiver what nobody sends any more. Another send of the same range may still be under way."""
+        kv = sending.kv
+        if kv.over or self._letting_go:
+            return
+        size = kv.address.layout.page_size
+        begin = max(kv.matched, sending.begin // size * size)
+        end = min(kv.end, -(-sending.end // size) * size)
+        promised = [(other.begin, other.end) for other in kv.sendings if not other.failed]
+        for first, last in uncovered(begin, end, promised):
+            self.post(kv.link, Forgo(lease=kv.address.lease, begin=first, end=last))
+
+    # --- what is cached where ------------------------------------------------------------------------------------------
+
+    def names(self, prompt: bytes) -> list[int]:
+        """Page names of a prompt, for the index of prefixes."""
+        if prompt is not self.prompt_bytes:
+            return page_names(self.request.model, prompt, self.request.page_size)
+        if self._names is None:
+            self._names = page_names(self.request.model, prompt, self.request.page_size)
+        return self._names
+
+    def matched(self, link: EngineLink, prompt: bytes) -> int:
+        """Tokens of the prompt that an engine probably has."""
+        return self.fleet.prefixes.depth(link, self.names(prompt)) * self.request.page_size
+
+    def all_matched(self) -> Mapping[EngineLink, int]:
+        """As above, of the request's prompt, for every engine that has any."""
+        found = self.fleet.prefixes.match(self.names(self.prompt_bytes))
+        return {link: pages * self.request.page_size for link, pages in found.items()}
+
+    def cached(self, link: EngineLink, prompt: bytes, until: int) -> None:
+        """An engine has the KV of `prompt[:until]` now."""
+        if self.fleet.link(link.id) is link:
+            self.fleet.prefixes.record(link, self.names(prompt)[: until // self.request.page_size])
+
+    def cached_tokens(self, link: EngineLink, kv: RunKv | None, cached: int, received: int) -> int:
+        """Prompt tokens that nobody computed for this choice, of a generation on `link`, from `kv` or without.
+
+        `cached` the engine found in its prefix tree, and `received` it got. Part of either was computed for us.
+        """
+        own = moved = 0
+        for each in self._kvs:
+            for sending in each.sendings:
+                report = sending.answer
+                if report is None:
+                    continue
+                if each is kv:
+                    moved += report.computed
+                elif each.link is link or sending.sender is link:
+                    own += report.computed
+        return max(0, cached - own) + max(0, received - moved)
+
+    def began(self, link: EngineLink, kv: RunKv | None, cached: int) -> None:
+        """A generation has its first tokens, and said how much of the prompt it found in its prefix tree."""
+        self._began = (link, kv, cached)
+
+    @property
+    def cached_so_far(self) -> int:
+        """As `cached_tokens`, of a generation that has not ended: as far as it and the senders have told."""
+        if self._began is None:
+            return 0
+        link, kv, cached = self._began
+        reports = [sending.answer for sending in kv.sendings] if kv is not None else []
+        received = sum(report.computed + report.reused for report in reports if report is not None)
+        return self.cached_tokens(link, kv, cached, received)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """Gives back everything: calls first, so that engines stop, then leases, then charges."""
+        self._letting_go = True
+        for stop in list(self._open.values()):
+            stop()
+        self._open.clear()
+        for kv in list(self._kvs):
+            self.release(kv)
+        for charge in self._charges:
+            charge.release()
+        self._charges.clear()
+        self._letting_go = False
+
+    def close(self) -> None:
+        """The choice has ended: as `let_go`, and nothing can be started any more."""
+        self._closed = True
+        self.let_go()
+
+
+def uncovered(begin: int, end: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of `[begin, end)` that are in none of `ranges`, in order."""
+    found = []
+    for first, last in sorted(ranges):
+        if begin < min(first, end):
+            found.append((begin, min(first, end)))
+        begin = max(begin, last)
+    if begin < end:
+        found.append((begin, end))
+    return found
