@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from microserve.router.handles import RunFleet
 from microserve.router.strategy import Chunk, Program, Request
-from microserve.router.sub_requests import SubRecord, SubRequests
+from microserve.router.sub_requests import SubRequests
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.errors import (
     Cancelled,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 
     from microserve.router.fleet import EngineFleet
+    from microserve.router.pending import SubRecord
     from microserve.runtime.clock import Clock
     from microserve.runtime.messages import Generated
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microserve.router.pending import Pending, RunKv, RunSending
 from microserve.router.strategy import Chunk
-from microserve.router.sub_requests import Pending, RunKv, RunSending
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import InvalidRequest, MicroserveError, NoEngine, ProtocolError
 from microserve.runtime.messages import (
@@ -97,11 +97,15 @@ class RunEngine:
 
     @property
     def work(self) -> float:
-        return self._link.work
+        own = self._charge.weight if self._charge is not None else 0
+        return max(0.0, self._link.work - own)
 
     @property
     def matched(self) -> int:
         return self._run.matched(self._link, self._run.prompt_bytes)
+
+    def carries(self, label: str) -> bool:
+        return self._link.carries(label)
 
     # --- sub-requests ------------------------------------------------------------------------------------------------
 
@@ -171,9 +175,10 @@ class RunEngine:
             self._check_mine(own)
         if begin is None:
             begin = 0 if own is None else own.end
-        computed_from = (
-            run.matched(link, run.prompt_bytes) if own is None else max(_position(begin, length), own.matched)
-        )
+        if own is None:
+            there = run.matched(link, run.prompt_bytes)
+        else:
+            there = max(_position(begin, length), own.matched)
         body = StartGenerate(
             request_id=run.request.id,
             sub_id=run.next_sub_id(),
@@ -183,7 +188,7 @@ class RunEngine:
             lease=None if own is None else own.address.lease,
             kv_wait=None if own is None else run.kv_wait(kv_wait),
         )
-        return TokenStream(run, link, own, body, self._take_charge(max(1, length - computed_from)))
+        return TokenStream(run, link, own, body, self._take_charge(max(1, length - there)))
 
     def commit(self, kv: Kv, *, wait: float | None = None) -> Pending[int]:
         run, link, own = self._run, self._link, _own(kv)

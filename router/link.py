@@ -39,6 +39,11 @@ class Charge:
             self._link.charged_tokens += tokens - self._tokens
             self._tokens = tokens
 
+    @property
+    def weight(self) -> int:
+        """What it adds to the engine's `work`."""
+        return self._tokens + REQUEST_TOKENS if self._open else 0
+
     def release(self) -> None:
         """Give the charge back. Idempotent."""
         if self._open:

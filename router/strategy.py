@@ -154,7 +154,11 @@ class Engine(Protocol):
 
     @property
     def work(self) -> float:
-        """What stands before a new request there, in prompt tokens, this choice's own included: what `pick` compares."""
+        """What stands before this request there, in prompt tokens; what it was picked for is not counted."""
+        ...
+
+    def carries(self, label: str) -> bool:
+        """Whether it has a label: "name" with any value but a negative one, or "name=value"."""
         ...
 
     @property

@@ -22,14 +22,26 @@ from microserve.runtime.errors import Cancelled
 from microserve.runtime.ids import Peer
 from microserve.runtime.memory_bus import MemoryNetwork
 from microserve.runtime.messages import (
+    Abort,
+    Aborted,
+    Commit,
+    Committed,
     EngineInfo,
+    Forgo,
     Generated,
+    KvAddress,
     Layout,
     Load,
     Meet,
     ModelInfo,
     Ok,
+    Prepared,
+    PrepRecv,
+    Release,
+    Released,
+    RemoteSend,
     SamplingParams,
+    SendReport,
     StartGenerate,
     Tokens,
     Usage,
@@ -93,6 +105,12 @@ class ScriptedEngine:
         """What the router said of other engines; always answered."""
         self.answers: dict[type, Callable[[IncomingCall], object]] = {}
         """How calls with a body of that type are answered at once."""
+        self.log: list[str] = []
+        """Every call, in words. Engines of one world share it."""
+        self.leases: set[int] = set()
+        """Leases that nothing has ended."""
+        self.matched = 0
+        """Tokens that a prepared receive finds cached."""
         self.refuse_with: MicroserveError | None = None
         self.bus = network.bus(Peer("engine", info.engine_id, info.epoch))
         self._network = network
@@ -115,6 +133,10 @@ class ScriptedEngine:
             self.met.append(call.body)
             call.reply(Ok())
             return
+        self.log.append(f"{self.info.engine_id} {_in_words(call.body)}")
+        if isinstance(call.body, Release | Forgo | Abort):
+            self._handle_posted(call, call.body)
+            return
         self.calls.append(call)
         if self.refuse_with is not None:
             raise self.refuse_with
@@ -122,23 +144,89 @@ class ScriptedEngine:
         if (answer := self.answers.get(type(call.body))) is not None:
             answer(call)
 
+    def _handle_posted(self, call: IncomingCall, body: Release | Forgo | Abort) -> None:
+        """What is said without waiting for an answer is always answered."""
+        if isinstance(body, Abort):
+            meant = [each for each in self.open if getattr(each.body, "sub_id", None) == body.sub_id]
+            for each in meant:
+                each.fail(Cancelled("aborted"))
+            call.reply(Aborted(outcome="freed" if meant else "unknown"))
+            return
+        known = body.lease in self.leases
+        if isinstance(body, Release):
+            self.leases.discard(body.lease)
+        call.reply(Released(outcome="freed" if known else "unknown"))
+
     def _cancel(self, call: IncomingCall, error: MicroserveError) -> None:
         self.cancelled.append(error)
+        self.log.append(f"{self.info.engine_id} cancel {_in_words(call.body).split()[0]}")
+        self._use_up(call)
         call.fail(Cancelled("freed"))
+
+    def _use_up(self, call: IncomingCall) -> None:
+        """An engine ends the lease of a call that has begun with it."""
+        if isinstance(call.body, StartGenerate | Commit) and call.body.lease is not None:
+            self.leases.discard(call.body.lease)
+
+    def last(self, kind: type) -> IncomingCall:
+        """The latest call with a body of that type."""
+        return [call for call in self.calls if isinstance(call.body, kind)][-1]
+
+    def grant(self, call: IncomingCall) -> None:
+        """Answers a preparation with a lease."""
+        body = call.body
+        assert isinstance(body, PrepRecv)
+        length = len(unpack_tokens(body.prompt))
+        end = length if body.end is None else body.end if body.end >= 0 else length + body.end
+        lease = len(self.calls) + 100 * (ord(self.info.engine_id) - 96)
+        self.leases.add(lease)
+        pages = max(0, -(-end // 16) - self.matched // 16)
+        address = KvAddress(
+            engine_id=self.info.engine_id,
+            epoch=self.info.epoch,
+            endpoint=self.info.endpoint,
+            lease=lease,
+            matched=self.matched,
+            end=end,
+            pages=pack_tokens(range(pages)),
+            layout=self.info.layout,
+        )
+        call.reply(Prepared(address=address))
+
+    def report(self, call: IncomingCall, *, reused: int = 0) -> None:
+        """Answers a send as done."""
+        body = call.body
+        assert isinstance(body, RemoteSend)
+        assert body.end is not None
+        call.reply(SendReport(computed=body.end - body.begin - reused, reused=reused, bytes=64, seconds=0.1))
+
+    def settle_commit(self, call: IncomingCall, until: int) -> None:
+        """Answers a commit."""
+        self._use_up(call)
+        call.reply(Committed(committed_until=until))
+
+    def grant_always(self, matched: int = 0) -> None:
+        """Preparations are answered at once from now on."""
+        self.matched = matched
+        self.answers[PrepRecv] = self.grant
 
     async def tokens(self, *ids: int, call: int = -1) -> None:
         """Streams tokens and lets them arrive."""
+        self._use_up(self.calls[call])
         self.calls[call].part(Tokens(ids=pack_tokens(ids)))
         await self._network.settle()
 
-    async def finish(self, *ids: int, call: int = -1, reason: str = "length") -> None:
+    async def finish(
+        self, *ids: int, call: int = -1, reason: str = "length", cached: int = 0, received: int = 0
+    ) -> None:
         """Streams the last tokens and ends the call."""
         incoming = self.calls[call]
+        self._use_up(incoming)
         if ids:
-            incoming.part(Tokens(ids=pack_tokens(ids)))
+            incoming.part(Tokens(ids=pack_tokens(ids), cached=cached))
         prompt = len(unpack_tokens(self.started(call).prompt))
-        usage = Usage(prompt_tokens=prompt, completion_tokens=len(ids))
-        incoming.reply(Generated(finish_reason=reason, usage=usage))
+        usage = Usage(prompt_tokens=prompt, completion_tokens=len(ids), cached_tokens=cached)
+        incoming.reply(Generated(finish_reason=reason, usage=usage, received_tokens=received))
         await self._network.settle()
 
     async def fail(self, error: MicroserveError, *, call: int = -1) -> None:
@@ -151,6 +239,25 @@ class ScriptedEngine:
         await self._network.settle()
 
 
+def _in_words(body: object) -> str:
+    """A call, as tests compare it."""
+    match body:
+        case PrepRecv():
+            return f"prep_recv end={body.end}"
+        case RemoteSend():
+            return f"remote_send {body.address.engine_id} {body.begin} {body.end}"
+        case StartGenerate():
+            return f"start_generate {body.begin}" + (f" lease={body.lease}" if body.lease is not None else "")
+        case Commit():
+            return f"commit lease={body.lease}"
+        case Release():
+            return f"release lease={body.lease}"
+        case Forgo():
+            return f"forgo lease={body.lease} {body.begin} {body.end}"
+        case _:
+            return type(body).__name__.lower()
+
+
 class World:
     """A router core and scripted engines. Leaving it checks that nothing is left behind."""
 
@@ -158,6 +265,8 @@ class World:
         self.network = MemoryNetwork()
         self.registry = CollectorRegistry()
         self.engines: dict[str, ScriptedEngine] = {}
+        self.log: list[str] = []
+        """Every call on any engine, in order."""
         self.texts: dict[str, Any] = {}
         self.allow_tasks = 0
         self._config = RouterConfig(**config)
@@ -191,6 +300,7 @@ class World:
     async def add(self, name: str, load: Load | None = None, **info: Any) -> ScriptedEngine:
         """An engine that has announced itself and can be picked."""
         engine = ScriptedEngine(self.network, engine_info(name, **info))
+        engine.log = self.log
         self.engines[name] = engine
         await engine.listen()
         self.core.announce(engine.info, load if load is not None else Load())
@@ -214,6 +324,13 @@ class World:
     def charges(self) -> dict[str, tuple[int, int]]:
         """(requests, tokens) charged, by engine."""
         return {link.id: (link.charged_requests, link.charged_tokens) for link in self.core.fleet.links}
+
+    def check_clean(self) -> None:
+        """No call, lease or charge is left."""
+        assert {name: engine.open for name, engine in self.engines.items() if engine.open} == {}
+        assert {name: engine.leases for name, engine in self.engines.items() if engine.leases} == {}
+        assert set(self.charges().values()) <= {(0, 0)}
+        self.core.fleet.prefixes.check_integrity()
 
     def metric(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"microserve_router_{name}", labels)

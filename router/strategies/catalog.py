@@ -12,7 +12,11 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from microserve.router.strategies.balanced import balanced
+from microserve.router.strategies.cache_aware import cache_aware
+from microserve.router.strategies.context_migration import context_migration
 from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.router.strategy import Strategy
 from microserve.runtime.errors import ConfigError
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "microserve.strategies"
 
-BUILT_IN: tuple[Strategy, ...] = (data_parallel,)
+BUILT_IN: tuple[Strategy, ...] = (data_parallel, cache_aware, prefill_decode, balanced, context_migration)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,257 @@
+"""Two engines on two GPUs: what moving KV between them costs, against a plain peer copy in the same run.
+
+`remote_send` of cached prompts from a fresh pool and from a fragmented one, in GB/s of the pushes; and the time to the
+first token of a prompt that one engine prefills and the other continues (1P1D), against a local prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from microserve.runtime.codec import pack_tokens
+from microserve.runtime.ids import Peer, new_epoch
+from microserve.runtime.messages import (
+    Announce,
+    CacheEvict,
+    Generated,
+    Heartbeat,
+    Info,
+    InfoReply,
+    Leave,
+    Meet,
+    Ok,
+    PeerAddress,
+    Prepared,
+    PrepRecv,
+    Release,
+    RemoteSend,
+    SamplingParams,
+    SendReport,
+    StartGenerate,
+)
+from microserve.runtime.rpc import RpcClient, RpcServer, connect
+from microserve.runtime.zmq_bus import ZmqBus
+from perf.harness import Benchmark, Sample
+from perf.shapes import write_shape
+
+if TYPE_CHECKING:
+    from microserve.runtime.rpc import IncomingCall
+
+_GREEDY = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+
+def main() -> None:
+    bench = Benchmark("disaggregation", "KV between two engines on two GPUs")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="llama-3.1-8b", help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=3000, help="prompt length (default: %(default)s)")
+    parser.add_argument("--pages", type=int, default=6000, help="pages of each pool (default: %(default)s)")
+    args = bench.arguments(parser, repeat=9, warmup=2)
+    if torch.cuda.device_count() < 2:
+        raise SystemExit("perf.disaggregation: two GPUs are needed")
+    copied = _peer_copy(args.repeat)
+    bench.row("peer copy of 1 GiB", copied, unit="GB/s")
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_shape(Path(folder) / args.shape, args.shape)
+        asyncio.run(_run(bench, args, model, copied.median))
+    bench.finish(args)
+
+
+def _peer_copy(repeat: int) -> Sample:
+    here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    there = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
+    rates = []
+    for attempt in range(repeat + 2):
+        torch.cuda.synchronize(0)
+        began = time.perf_counter()
+        there.copy_(here)
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+        if attempt >= 2:
+            rates.append((1 << 30) / (time.perf_counter() - began) / 1e9)
+    return Sample(tuple(rates))
+
+
+class _Router:
+    """As much of a router as engines need to announce themselves to."""
+
+    def __init__(self) -> None:
+        self.server = RpcServer(self._handle)
+        self.announced: dict[str, Announce] = {}
+        self.changed = asyncio.Event()
+
+    def _handle(self, call: IncomingCall) -> None:
+        if isinstance(call.body, Announce):
+            self.announced[call.body.info.engine_id] = call.body
+            self.changed.set()
+        if isinstance(call.body, Announce | Heartbeat | Leave):
+            call.reply(Ok())
+
+
+async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, limit: float) -> None:
+    bus = ZmqBus(Peer("router", "perf", new_epoch()))
+    router = _Router()
+    listener = await bus.listen("tcp://127.0.0.1:*", router.server)
+    processes = []
+    for name, device in (("a", 0), ("b", 1)):
+        command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
+        command += ["--executor", "cuda", "--device", f"cuda:{device}", "--step-tokens", "8192", "--max-running", "64"]
+        command += ["--max-context", "16384", "--routers", listener.endpoint, "--engine-id", name]
+        command += ["--transport", "nixl", "--kv-pages", str(args.pages), "--log-level", "warning"]
+        processes.append(await asyncio.create_subprocess_exec(*command, env=os.environ))
+    try:
+        async with asyncio.timeout(120):
+            while len(router.announced) < 2:
+                router.changed.clear()
+                await router.changed.wait()
+        engines = {name: await connect(bus, each.info.endpoint) for name, each in router.announced.items()}
+        await _introduce(router, engines)
+        pair = _Pair(engines["a"], engines["b"], args.tokens)
+        links = await engines["a"].call(Info())
+        if isinstance(links, InfoReply):
+            print("links:", links.links, file=sys.stderr)
+        for what in ("fresh", "fragmented"):
+            if what == "fragmented":
+                await pair.fragment(args.pages)
+            for _ in range(args.warmup):
+                await pair.send()
+            reports = [await pair.send() for _ in range(args.repeat)]
+            rates = Sample(tuple(each.bytes / each.push_seconds / 1e9 for each in reports))
+            share = rates.median / limit
+            bench.row(f"push, {what} pool", rates, unit="GB/s", note=f"{share:.0%} of the peer copy")
+            bench.row(
+                f"remote_send, {what} pool",
+                Sample(tuple(1e3 * each.seconds for each in reports)),
+                unit="ms",
+                note="all",
+            )
+        await pair.evict()
+        for _ in range(args.warmup):
+            await pair.local()
+            await pair.disaggregated()
+        local, apart = [], []
+        for _ in range(args.repeat):
+            local.append(1e3 * await pair.local())
+            apart.append(1e3 * await pair.disaggregated())
+        bench.row("TTFT, local prefill", Sample(tuple(local)), unit="ms")
+        ratio = Sample(tuple(sorted(apart))).median / Sample(tuple(local)).median
+        bench.row("TTFT, 1P1D", Sample(tuple(apart)), unit="ms", note=f"{ratio:.2f}x local")
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            await asyncio.wait_for(process.wait(), 60)
+        await bus.close()
+
+
+async def _introduce(router: _Router, engines: dict[str, RpcClient]) -> None:
+    for name, client in engines.items():
+        peers = [
+            PeerAddress(engine_id=other, epoch=each.info.epoch, endpoint=each.info.endpoint)
+            for other, each in router.announced.items()
+            if other != name
+        ]
+        await client.call(Meet(peers=peers))
+    async with asyncio.timeout(60):
+        for client in engines.values():
+            while True:
+                reply = await client.call(Info())
+                if isinstance(reply, InfoReply) and reply.links and reply.links[0].state != "connecting":
+                    break
+                await asyncio.sleep(0.05)
+
+
+class _Pair:
+    """A sender and a receiver."""
+
+    def __init__(self, sender: RpcClient, receiver: RpcClient, tokens: int) -> None:
+        self._sender = sender
+        self._receiver = receiver
+        self._tokens = tokens
+        self._random = np.random.default_rng(1)
+        self._number = 0
+
+    def _prompt(self, tokens: int | None = None) -> bytes:
+        return pack_tokens(self._random.integers(0, 120_000, self._tokens if tokens is None else tokens))
+
+    def _names(self) -> dict[str, str]:
+        self._number += 1
+        return {"request_id": f"r{self._number}", "sub_id": f"s{self._number}"}
+
+    async def _generate(self, client: RpcClient, prompt: bytes, **fields: Any) -> Generated:
+        reply = await client.call(StartGenerate(prompt=prompt, sampling=_GREEDY, **self._names(), **fields))
+        if not isinstance(reply, Generated):
+            raise TypeError(reply)
+        return reply
+
+    async def _prepare(self, prompt: bytes, end: int | None) -> Prepared:
+        reply = await self._receiver.call(PrepRecv(prompt=prompt, end=end, **self._names()))
+        if not isinstance(reply, Prepared):
+            raise TypeError(reply)
+        return reply
+
+    async def send(self) -> SendReport:
+        """Sends a prompt that the sender has cached."""
+        prompt = self._prompt()
+        await self._generate(self._sender, prompt)
+        address = (await self._prepare(prompt, self._tokens // 16 * 16)).address
+        reply = await self._sender.call(
+            RemoteSend(prompt=prompt, address=address, begin=0, end=address.end, **self._names())
+        )
+        await self._receiver.call(Release(lease=address.lease))
+        if not isinstance(reply, SendReport):
+            raise TypeError(reply)
+        return reply
+
+    async def local(self) -> float:
+        """Seconds to the first token of a prompt that nobody has cached."""
+        prompt = self._prompt()
+        began = time.perf_counter()
+        await self._generate(self._receiver, prompt)
+        return time.perf_counter() - began
+
+    async def disaggregated(self) -> float:
+        """The same, prefilled by the sender."""
+        prompt = self._prompt()
+        began = time.perf_counter()
+        address = (await self._prepare(prompt, -1)).address
+        sending = asyncio.ensure_future(
+            self._sender.call(RemoteSend(prompt=prompt, address=address, begin=0, end=-1, **self._names()))
+        )
+        end = await self._generate(self._receiver, prompt, lease=address.lease, begin=-1)
+        seconds = time.perf_counter() - began
+        await sending
+        if end.recomputed_tokens:
+            raise RuntimeError(f"KV did not come: {end}")
+        return seconds
+
+    async def fragment(self, pages: int) -> None:
+        """Leaves every second page free, in both pools."""
+        for client in (self._sender, self._receiver):
+            await client.call(CacheEvict())
+            prompts = [self._prompt(17) for _ in range(pages - 200)]
+            for begin in range(0, len(prompts), 64):
+                await asyncio.gather(*[self._generate(client, each) for each in prompts[begin : begin + 64]])
+            for each in prompts[::2]:
+                await client.call(CacheEvict(prompt=each[:64]))
+
+    async def evict(self) -> None:
+        """Empties both prefix trees."""
+        for client in (self._sender, self._receiver):
+            await client.call(CacheEvict())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Balanced disaggregation: the engine that decodes prefills the end of the prompt, so that neither side waits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from microserve.router.strategy import Chunk, Fleet, Request, strategy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@strategy
+async def balanced(
+    request: Request, fleet: Fleet, *, ratio: float = 0.2, cache_aware: bool = True
+) -> AsyncIterator[Chunk]:
+    """One engine prefills all but `ratio` of the prompt; the one that decodes computes the rest, or has it cached."""
+    split = request.page_aligned(1 - ratio)
+    decode = fleet.pick("decode", prefix=cache_aware)
+    kv = await decode.prep_recv(end=split)
+    if kv.missing:
+        prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
+        prefill.remote_send(kv)
+    async for chunk in decode.start_generate(kv):
+        yield chunk
