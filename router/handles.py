@@ -169,15 +169,14 @@ class RunEngine:
         kv_wait: float | None = None,
     ) -> TokenStream:
         run, link = self._run, self._link
-        own = None if kv is None else _own(kv)
         length = len(run.request.prompt)
-        if own is not None:
-            self._check_mine(own)
-        if begin is None:
-            begin = 0 if own is None else own.end
+        own = None if kv is None else _own(kv)
         if own is None:
+            begin = 0 if begin is None else begin
             there = run.matched(link, run.prompt_bytes)
         else:
+            self._check_mine(own)
+            begin = own.end if begin is None else begin
             there = max(_position(begin, length), own.matched)
         body = StartGenerate(
             request_id=run.request.id,
@@ -316,7 +315,7 @@ class TokenStream:
         run.cached(self._link, run.prompt_bytes, len(run.request.prompt))
 
     def _ended(self, reply: ReplyBody | None, error: MicroserveError | None) -> None:
-        if self._waiting and error is None:
+        if self._waiting and isinstance(reply, Generated):
             self._begun()
         self._run.discharge(self._charge)
 

@@ -109,6 +109,7 @@ class ScriptedEngine:
         """Every call, in words. Engines of one world share it."""
         self.leases: set[int] = set()
         """Leases that nothing has ended."""
+        self.dead = False
         self.matched = 0
         """Tokens that a prepared receive finds cached."""
         self.refuse_with: MicroserveError | None = None
@@ -235,6 +236,7 @@ class ScriptedEngine:
 
     async def die(self) -> None:
         """As SIGKILL does it, seen over TCP."""
+        self.dead = True
         self._network.kill(self.bus.me)
         await self._network.settle()
 
@@ -327,8 +329,8 @@ class World:
 
     def check_clean(self) -> None:
         """No call, lease or charge is left."""
-        assert {name: engine.open for name, engine in self.engines.items() if engine.open} == {}
-        assert {name: engine.leases for name, engine in self.engines.items() if engine.leases} == {}
+        for engine in self.engines.values():
+            assert engine.dead or (engine.open, engine.leases) == ([], set()), engine.info.engine_id
         assert set(self.charges().values()) <= {(0, 0)}
         self.core.fleet.prefixes.check_integrity()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from bisect import bisect
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +17,7 @@ from microserve.engine.plan import SequenceStart
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.config import EngineConfig
 from microserve.runtime.errors import Cancelled, Unavailable
-from microserve.runtime.messages import Generate, Reply, SamplingParams, SetStrategy, StrategySet
+from microserve.runtime.messages import Finished, Generate, Reply, SamplingParams, SetStrategy, StrategySet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +37,8 @@ MIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("wasteful", {}),
 )
 CHANGES_EVERY = 0.5
+_ADMISSION = 0.1
+"""Seconds from a request's sending until the router must have chosen its version. A change may overtake it until then."""
 _MODEL = fake_model(EngineConfig(model="tokens-only", executor="fake"))
 _SET = 1_000_000
 """Ids of the calls that change the strategy begin here."""
@@ -43,6 +47,9 @@ _SET = 1_000_000
 class Asked(NamedTuple):
     prompt: list[int]
     count: int
+    at: float
+    confirmed: int
+    """So many changes of the strategy had been confirmed when it was sent."""
     cancelled: list[bool]
     """Whether it has been, so far."""
 
@@ -65,6 +72,8 @@ class Soak:
         self.recorder = Recorder(self._ended)
         self.asked: dict[int, Asked] = {}
         self.changes: dict[int, SetStrategy] = {}
+        self._changed_at: list[float] = []
+        self._to_come: list[tuple[str, dict[str, Any]]] = []
         self._count = count
         self._in_flight = in_flight
         self._longest = longest
@@ -74,6 +83,8 @@ class Soak:
 
     async def run(self, limit: float) -> None:
         """Until every request has ended; fails after `limit` seconds."""
+        self._set_next()
+        await self.recorder.wait(lambda: not self.recorder.open, limit)
         changing = asyncio.create_task(self._change(), name="strategy changes")
         try:
             for _ in range(self._in_flight):
@@ -99,7 +110,8 @@ class Soak:
         stem = draw.choice(self._stems)[: draw.choice((0, 16, 100, self._longest // 2))]
         length = draw.choice((1, 15, 16, 17, draw.randint(1, 100), draw.randint(1, self._longest)))
         prompt = (stem + [draw.randrange(30_000) for _ in range(length)])[:length]
-        asked = self.asked[id] = Asked(prompt, draw.randint(1, 24), [])
+        confirmed = sum(bool(self.recorder.terminals[change]) for change in self.changes)
+        asked = self.asked[id] = Asked(prompt, draw.randint(1, 24), self._now(), confirmed, [])
         sampling = SamplingParams(max_tokens=asked.count, temperature=0, ignore_eos=True)
         self.recorder.call(id, Generate(prompt=pack_tokens(prompt), sampling=sampling))
         if draw.random() < 1 / 3:
@@ -110,35 +122,62 @@ class Soak:
             self.asked[id].cancelled.append(True)
             self.recorder.cancel(id)
 
+    def _set_next(self) -> None:
+        """The mix in random order, again and again."""
+        if not self._to_come:
+            self._to_come = self.random.sample(MIX, len(MIX))
+        name, settings = self._to_come.pop()
+        id = _SET + len(self.changes)
+        self.changes[id] = SetStrategy(name=name, settings=settings)
+        self._changed_at.append(self._now())
+        self.recorder.call(id, self.changes[id])
+
     async def _change(self) -> None:
         while True:
-            name, settings = self.random.choice(MIX)
-            id = _SET + len(self.changes)
-            self.changes[id] = SetStrategy(name=name, settings=settings)
-            self.recorder.call(id, self.changes[id])
             await asyncio.sleep(CHANGES_EVERY)
+            self._set_next()
 
-    def check(self, *, most_refused: float = 0.02) -> None:
-        """Each ended once, with the tokens that it should have."""
+    def check(self, *, most_refused: float = 0.02, fewest: int = 10) -> None:
+        """Each ended once, with the tokens that it should have, served by a version that was there when it was sent.
+
+        `fewest`: so many requests at least were served by each strategy of the mix: else this shows little.
+        """
         recorder = self.recorder
         assert recorder.stray == []
         assert {len(ends) for ends in recorder.terminals.values()} == {1}
-        for id in self.changes:
-            (end,) = recorder.terminals[id]
-            assert isinstance(end, Reply), end
-            assert isinstance(end.body, StrategySet)
-        refused = []
+        versions = [self._version(id) for id in self.changes]
+        refused: list[str] = []
+        served: Counter[str] = Counter()
         for id, asked in self.asked.items():
             error, tokens = recorder.error(id), recorder.tokens[id]
             expected = reference(asked.prompt, asked.count)
             if error is None:
+                finished = recorder.finished(id)
+                assert isinstance(finished, Finished)
                 assert tokens == expected, (id, asked)
-                assert recorder.finished(id).usage.completion_tokens == asked.count
+                assert finished.usage.completion_tokens == asked.count
+                begun = bisect(self._changed_at, asked.at + _ADMISSION)
+                assert finished.strategy in versions[asked.confirmed - 1 : begun], (id, finished.strategy)
+                served[finished.strategy] += 1
             elif isinstance(error, Cancelled) and asked.cancelled:
                 assert tokens == expected[: len(tokens)], (id, asked)
             else:
                 assert isinstance(error, Unavailable), (id, error)
                 assert tokens == []
-                refused.append(error)
-        assert len(refused) <= most_refused * self._count, [error.message for error in refused][:10]
+                refused.append(error.message)
+        assert len(refused) <= most_refused * self._count, refused[:10]
         assert sum(bool(asked.cancelled) for asked in self.asked.values()) > self._count / 10
+        assert len(set(versions)) == len(MIX), "the run was over before every strategy had its turn"
+        assert all(served[version] >= fewest for version in versions), served
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _version(self, change: int) -> str:
+        """What served from that change on."""
+        (end,) = self.recorder.terminals[change]
+        assert isinstance(end, Reply), end
+        assert isinstance(end.body, StrategySet)
+        (active,) = end.body.active
+        return active.version

@@ -199,7 +199,7 @@ def test_a_folder_of_files_is_loaded_and_broken_ones_are_told_with_their_line(tm
     (tmp_path / "empty.py").write_text("from microserve.router.strategies.data_parallel import data_parallel\n")
     (tmp_path / "wrong.py").write_text("from microserve import strategy\n@strategy\ndef f(request, fleet):\n    pass\n")
     catalog = load_catalog(tmp_path, entry_points=())
-    assert set(catalog.strategies) == {"data_parallel", "mine"}
+    assert set(catalog.strategies) == {each.name for each in BUILT_IN} | {"mine"}
     assert catalog.get("mine").summary == "One line."
     assert catalog.get("mine").source == GOOD
     told = {problem.source.rsplit("/", 1)[-1]: (problem.line, problem.message) for problem in catalog.problems}

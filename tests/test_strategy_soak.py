@@ -31,7 +31,7 @@ def test_a_thousand_requests_in_virtual_time(pages: int) -> None:
     async def main() -> None:
         async with Deployment(
             {"a": {}, "b": {}, "c": {}},
-            fake=FakeConfig(decode_base_us=4000, decode_us_per_sequence=100, prefill_us_per_token=50),
+            fake=FakeConfig(decode_base_us=20_000, decode_us_per_sequence=100, prefill_us_per_token=50),
             seconds_per_page=0.002,
             strategies=strategies,
             router={"strategy": "alone"},
@@ -45,6 +45,9 @@ def test_a_thousand_requests_in_virtual_time(pages: int) -> None:
             await soak.run(600)
             soak.check(most_refused=0.02 if pages > 128 else 0.5)
             await deployment.settle_whole()
+            for engine in deployment.engines.values():
+                # Every engine had KV moved into its pool, under claims that other engines had on it.
+                assert engine.core.receiving.statistics()["lease_arrived_pages"] > 0
 
     run_virtual(main())
 
@@ -62,7 +65,10 @@ def test_a_thousand_requests_of_processes() -> None:
             soak.check()
             for engine in engines.values():
                 await engine.until_whole()
+                assert (await engine.stats())["lease_arrived_pages"] > 0
 
+    # Slow enough that every strategy of the mix has its half second.
+    slow = [*FAKE, "--fake-decode-base-us", "20000"]
     router = ("--strategy", "alone", "--strategy-folder", str(FOLDER))
-    with Cluster(3, engine_args=FAKE, router_args=router) as cluster:
+    with Cluster(3, engine_args=slow, router_args=router) as cluster:
         asyncio.run(main(cluster))

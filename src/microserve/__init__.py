@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from microserve.router.strategy import Chunk, Fleet, Request, strategy
+    from microserve.router.migration import migrate
+    from microserve.router.strategy import Chunk, Engine, Fleet, Kv, Request, Sending, strategy
     from microserve.runtime.client import AsyncClient, Client
     from microserve.runtime.errors import MicroserveError
     from microserve.runtime.messages import SamplingParams
@@ -20,10 +21,14 @@ _PUBLIC = {
     "AsyncClient": "microserve.runtime.client",
     "Chunk": "microserve.router.strategy",
     "Client": "microserve.runtime.client",
+    "Engine": "microserve.router.strategy",
     "Fleet": "microserve.router.strategy",
+    "Kv": "microserve.router.strategy",
     "MicroserveError": "microserve.runtime.errors",
     "Request": "microserve.router.strategy",
     "SamplingParams": "microserve.runtime.messages",
+    "Sending": "microserve.router.strategy",
+    "migrate": "microserve.router.migration",
     "strategy": "microserve.router.strategy",
 }
 
@@ -31,11 +36,15 @@ __all__ = [
     "AsyncClient",
     "Chunk",
     "Client",
+    "Engine",
     "Fleet",
+    "Kv",
     "MicroserveError",
     "Request",
     "SamplingParams",
+    "Sending",
     "__version__",
+    "migrate",
     "strategy",
 ]
 
