@@ -65,7 +65,7 @@ class EngineCore:
         crashed: Callable[[BaseException], None],
         event: Callable[[str, str], None] = lambda kind, detail: None,
         clock: Clock = monotonic,
-        draw_lease: Callable[[], int] = lambda: secrets.randbits(62),
+        draw_lease: Callable[[], int] = lambda: secrets.randbits(53),
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
         incarnation: Incarnation | None = None,
         is_dead: Callable[[Incarnation, str], bool] = proven_dead,

@@ -1,4 +1,4 @@
-"""Context migration: a conversation's KV moves to the engine that serves its next turn, before the turn begins there."""
+"""Context migration: the KV of a conversation moves to the engine that serves its next turn, before it begins there."""
 
 from collections.abc import AsyncIterator
 

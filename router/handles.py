@@ -198,8 +198,7 @@ class RunEngine:
 
         def ended(reply: ReplyBody | None, error: MicroserveError | None) -> None:
             if isinstance(reply, Committed):
-                own.over = True
-                run.cached(link, own.prompt, reply.committed_until)
+                run.committed(own, reply.committed_until)
                 pending.settle(reply.committed_until, None)
             else:
                 pending.settle(None, error or _strange(link, reply))

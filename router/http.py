@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from microserve.router.admin import AdminPages
+from microserve.router.microserving import ROOT, Microserving
 from microserve.router.openai import parse
 from microserve.router.openai.endpoints import Core, Endpoints
 from microserve.router.openai.errors import MethodNotAllowed, NoSuchRoute
@@ -161,6 +162,7 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
     endpoints = Endpoints(core, max_body=max_body)
     pages = _Pages(core, max_body)
     admin = AdminPages(core.versions, max_body)
+    verbs = Microserving(core, max_body)
 
     def route(path: str, method: str, handler: Handler) -> Route:
         return Route(path, _Door(handler, ids, keep_alive), methods=[method])
@@ -203,6 +205,11 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
             route("/metrics", "GET", pages.metrics),
             *door("/admin/strategies", GET=admin.strategies, PUT=admin.set),
             route("/admin/strategies/rollback", "POST", admin.roll_back),
+            route(f"{ROOT}/engines", "GET", verbs.engines),
+            route(f"{ROOT}/engines/{{id}}", "GET", verbs.engine),
+            route(f"{ROOT}/engines/{{id}}/{{verb}}", "POST", verbs.verb),
+            route(f"{ROOT}/openapi.json", "GET", verbs.openapi),
+            route(f"{ROOT}/docs", "GET", verbs.docs),
         ],
         exception_handlers={404: not_found, 405: not_allowed},  # type: ignore[dict-item]
     )

@@ -92,7 +92,7 @@ class Pending(Generic[T]):
 class RunKv:
     """A lease of one choice. Implements `strategy.Kv`."""
 
-    __slots__ = ("address", "link", "over", "prompt", "sendings")
+    __slots__ = ("address", "committed", "link", "over", "prompt", "sendings")
 
     def __init__(self, link: EngineLink, address: KvAddress, prompt: bytes) -> None:
         self.address = address
@@ -101,6 +101,8 @@ class RunKv:
         """The prompt that it was prepared for, as it travels."""
         self.over = False
         """The engine has used it up: there is nothing to release."""
+        self.committed = 0
+        """Up to which position it has entered the engine's prefix tree without a generation."""
         self.sendings: list[RunSending] = []
 
     @property

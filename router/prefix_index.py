@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from microserve.runtime.errors import InternalError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
 E = TypeVar("E", bound="Hashable")
 
@@ -63,21 +63,32 @@ class PrefixIndex(Generic[E]):
         while len(pages) > self._capacity:
             pages.popitem(last=False)
 
+    def drop(self, engine: E, name: int) -> None:
+        """The engine does not hold this page, as far as we are to believe."""
+        holders = self._pages.get(name, 0)
+        if holders & (bit := self._bits.get(engine, 0)):
+            if holders == bit:
+                del self._pages[name]
+            else:
+                self._pages[name] = holders & ~bit
+
     def match(self, names: Sequence[int]) -> dict[E, int]:
         """How many pages, from the first on, each engine holds; those that hold none are left out."""
-        holders: dict[E, int] = {}
-        alive = ~self._gone
+        found: dict[E, int] = {}
         engines = {bit: engine for engine, bit in self._bits.items()}
-        for depth, name in enumerate(names, start=1):
-            alive &= self._pages.get(name, 0)
+        alive = self._pages.get(names[0], 0) & ~self._gone if names else 0
+        depth = 0
+        for depth, name in enumerate(names):
+            here = self._pages.get(name, 0) & alive
+            # Engines are looked at where their prefix ends, and not at every page.
+            for bit in _bits(alive ^ here):
+                found[engines[bit]] = depth
+            alive = here
             if not alive:
                 break
-            left = alive
-            while left:
-                bit = left & -left
-                holders[engines[bit]] = depth
-                left ^= bit
-        return holders
+        for bit in _bits(alive):
+            found[engines[bit]] = depth + 1
+        return found
 
     def depth(self, engine: E, names: Sequence[int]) -> int:
         """How many pages, from the first on, `engine` holds."""
@@ -115,8 +126,12 @@ class PrefixIndex(Generic[E]):
     def _sweep(self) -> None:
         kept = ~self._gone
         self._pages = OrderedDict((name, left) for name, held in self._pages.items() if (left := held & kept))
-        gone, self._gone = self._gone, 0
-        while gone:
-            bit = gone & -gone
-            self._free.append(bit)
-            gone ^= bit
+        self._free.extend(_bits(self._gone))
+        self._gone = 0
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        bit = mask & -mask
+        yield bit
+        mask ^= bit

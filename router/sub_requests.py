@@ -250,6 +250,7 @@ class SubRequests:
                 record.computed, record.reused, record.nbytes = reply.computed, reply.reused, reply.bytes
                 self.cached(link, kv.prompt, sending.end)
                 sending.settle(reply, None)
+                self._moved(kv)
             else:
                 sending.settle(None, error or ProtocolError(f"engine {link.id} sent with {type(reply).__name__}"))
                 self._forgo(sending)
@@ -295,6 +296,22 @@ class SubRequests:
         """An engine has the KV of `prompt[:until]` now."""
         if self.fleet.link(link.id) is link:
             self.fleet.prefixes.record(link, self.names(prompt)[: until // self.request.page_size])
+
+    def committed(self, kv: RunKv, until: int) -> None:
+        """A lease has ended in the prefix tree of its engine."""
+        kv.over = True
+        kv.committed = until
+        self.cached(kv.link, kv.prompt, until)
+        self._moved(kv)
+
+    def _moved(self, kv: RunKv) -> None:
+        """Who moves a context means the next request to follow it: of two engines that have the same, the receiver is
+        to be preferred. So the senders are believed to have a page less."""
+        if kv.committed:
+            last = self.names(kv.prompt)[kv.committed // self.request.page_size - 1]
+            for sending in kv.sendings:
+                if sending.done and sending.sender is not kv.link:
+                    self.fleet.prefixes.drop(sending.sender, last)
 
     def cached_tokens(self, link: EngineLink, kv: RunKv | None, cached: int, received: int) -> int:
         """Prompt tokens that nobody computed for this choice, of a generation on `link`, from `kv` or without.

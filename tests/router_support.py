@@ -135,7 +135,8 @@ class ScriptedEngine:
             call.reply(Ok())
             return
         self.log.append(f"{self.info.engine_id} {_in_words(call.body)}")
-        if isinstance(call.body, Release | Forgo | Abort):
+        told = type(call.body) in self.answers or self.refuse_with is not None
+        if isinstance(call.body, Release | Forgo | Abort) and not told:
             self._handle_posted(call, call.body)
             return
         self.calls.append(call)

@@ -38,7 +38,7 @@ MIX: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 CHANGES_EVERY = 0.5
 _ADMISSION = 0.1
-"""Seconds from a request's sending until the router must have chosen its version. A change may overtake it until then."""
+"""Seconds until the router must have chosen the version of a request; a change may overtake it until then."""
 _MODEL = fake_model(EngineConfig(model="tokens-only", executor="fake"))
 _SET = 1_000_000
 """Ids of the calls that change the strategy begin here."""

@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from tests.cluster import Cluster
-from tests.engine_calls import Answer, Engines, open_engines
+from tests.engine_calls import Answer, Engines, is_whole, open_engines
+from tests.soak import FOLDER
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
+from microserve.runtime.client import AsyncClient
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
+    from microserve.runtime.messages import SettingValue
+
 PAGE = 16
 LENGTHS = (1, 15, 16, 17, 100, 3000)
 OUTPUT = 6
 CONTEXT = 3200
+LABELS = {"e0": "decode", "e1": "prefill", "e2": "prefill"}
 LOGPROB_ERROR = 1e-4
 """What the order of summation in float32 may change; a few wrong tokens among thousands change more."""
 
@@ -38,7 +43,11 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), scale=0.25, max_position_embeddings=CONTEXT)
-    with Cluster(3, engine_args=engine_arguments(folder), digests=True) as running:
+    router = ("--strategy-folder", str(FOLDER))
+    with Cluster(0, engine_args=engine_arguments(folder), router_args=router, digests=True) as running:
+        for name, label in LABELS.items():
+            running.add_engine(name, "--labels", f"{label}=yes", wait=False)
+        running.wait_ready(len(LABELS))
         yield running
 
 
@@ -201,6 +210,52 @@ def test_pages_arrive_byte_for_byte(cluster: Cluster, length: int) -> None:
         assert arrived[:whole] == sent
         assert all(one != other for one, other in zip(before, arrived, strict=True))
         assert await asyncio.to_thread(cluster.page_digests, "e0", prompt=prompt) == sent
+
+    in_fleet(cluster, work)
+
+
+# --- the same through the router, the strategy set live ------------------------------------------------------------
+
+MOVES = {"cache_aware": False, "min_remote": 1}
+STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], bool]] = {
+    "data parallel": ("data_parallel", {}, False),
+    "cache aware": ("cache_aware", {}, False),
+    "2P1D": ("prefill_decode", MOVES, True),
+    "cache-aware 2P1D": ("prefill_decode", {}, True),
+    "split between two senders": ("shared", {}, True),
+    "migrated before it is served": ("migrated", {}, True),
+    "migrated after the turn": ("context_migration", {"target": "decode", "min_tokens": 1}, False),
+    **{f"balanced {ratio}": ("balanced", {"ratio": ratio}, ratio < 1) for ratio in (0.0, 0.1, 0.37, 1.0)},
+}
+"""Name, settings, and whether KV of a cold prompt of pages has to move."""
+
+
+@pytest.mark.parametrize("case", STRATEGIES)
+def test_every_strategy_gives_the_same_tokens(cluster: Cluster, case: str) -> None:
+    name, settings, moves = STRATEGIES[case]
+
+    async def pushed(engines: Engines) -> float:
+        return sum([(await engine.stats())["transfer_pushed_bytes"] for engine in engines.values()])
+
+    async def work(engines: Engines) -> None:
+        async with AsyncClient(cluster.router) as client:
+            (active,) = (await client.set_strategy(name, settings=settings)).active
+            for length in LENGTHS:
+                prompt = prompt_of(length, seed=2)
+                first = await alone(engines, prompt)
+                second = await engines["e0"].generate(turn := [*prompt, *first.tokens, 7, 7, 7], OUTPUT)
+                await chill(engines)
+                before = await pushed(engines)
+                # Cold, with hits from the first time, and the turn that follows.
+                for asked, expected in ((prompt, first), (prompt, first), (turn, second)):
+                    answer = await client.generate(asked, max_tokens=OUTPUT, temperature=0, ignore_eos=True)
+                    assert list(answer.token_ids) == expected.tokens, length
+                    assert answer.strategy == active.version
+                if moves and length >= 100:
+                    assert await pushed(engines) > before
+                for engine in engines.values():
+                    await engine.until(lambda info: is_whole(info.load))
+                    await engine.evict()
 
     in_fleet(cluster, work)
 

@@ -79,6 +79,21 @@ def test_many_incarnations_leave_nothing_behind() -> None:
     assert max(index._pages.values()) < 1 << 80
 
 
+def test_a_page_can_be_dropped() -> None:
+    index: PrefixIndex[str] = PrefixIndex()
+    prompt = names(*range(16))
+    index.record("a", prompt)
+    index.record("b", prompt[:2])
+    for engine in "aabc":
+        index.drop(engine, prompt[1])
+        index.check_integrity()
+    index.drop("a", 1)
+    assert index.match(prompt) == {"a": 1, "b": 1}
+    index.record("a", prompt[:2])
+    # What stood behind is found again.
+    assert index.match(prompt) == {"a": 4, "b": 1}
+
+
 def test_an_index_that_is_wrong_is_found_out() -> None:
     index: PrefixIndex[str] = PrefixIndex()
     index.record("a", names(1, 2, 3, 4))

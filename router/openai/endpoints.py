@@ -21,13 +21,15 @@ from microserve.runtime.errors import ContextLengthExceeded, InvalidRequest
 
 if TYPE_CHECKING:
     from microserve.router.dispatch import Generation
+    from microserve.router.fleet import EngineFleet
     from microserve.router.metrics import RouterMetrics
     from microserve.router.openai.choices import Source
     from microserve.router.text import TextModel
     from microserve.router.versions import Versions
     from microserve.runtime.codec import TokenArray
     from microserve.runtime.config import RouterConfig
-    from microserve.runtime.messages import ModelInfo, SamplingParams
+    from microserve.runtime.messages import EngineVerb, ModelInfo, SamplingParams
+    from microserve.runtime.rpc import CallStream
 
 _COMPLETION_TOKENS = 16
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
@@ -51,6 +53,9 @@ class Core(Protocol):
     def text_model(self, name: str) -> TextModel: ...
     def output_budget(self, model: ModelInfo, prompt_tokens: int, max_tokens: int | None) -> int: ...
     def generate(self, spec: GenerationSpec) -> Generation: ...
+    @property
+    def fleet(self) -> EngineFleet: ...
+    def engine_call(self, engine_id: str, body: EngineVerb, *, budget: float | None = None) -> CallStream: ...
 
 
 class Endpoints:

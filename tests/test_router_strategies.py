@@ -1,0 +1,315 @@
+"""The built-in strategies: what each asks of which engine, in which order, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.router_support import ScriptedEngine, World, ids_of, read
+from tests.virtual_time import run_virtual
+
+from microserve.router.strategies.catalog import BUILT_IN, Catalog
+from microserve.runtime.codec import pack_tokens
+from microserve.runtime.errors import Busy, InvalidRequest, MicroserveError, PeerLost, TransferFailed
+from microserve.runtime.messages import (
+    CacheMatch,
+    CacheMatched,
+    Commit,
+    Generated,
+    PrepRecv,
+    RemoteSend,
+    StartGenerate,
+    Tokens,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from microserve.runtime.rpc import IncomingCall
+
+PROMPT = list(range(90))
+"""Five whole pages and ten tokens."""
+
+Check = Callable[[World], Awaitable[None]]
+
+
+def run(name: str, check: Check, *engines: str, **settings: Any) -> None:
+    """A world of engines that do what they are asked at once; "d-decode" carries the label "decode"."""
+
+    async def main() -> None:
+        async with World(Catalog.built_in().get(name).configure(settings)) as world:
+            for each in engines:
+                await add(world, *each.split("-"))
+            await check(world)
+            await world.settle()
+            world.check_clean()
+
+    run_virtual(main())
+
+
+async def add(world: World, name: str, label: str = "") -> ScriptedEngine:
+    engine = await world.add(name, labels={label: "yes"} if label else {}, max_context=1000)
+    engine.grant_always()
+    engine.answers[RemoteSend] = engine.report
+    engine.answers[StartGenerate] = lambda call: say(engine, call)
+    engine.answers[Commit] = lambda call: engine.settle_commit(call, 80)
+    engine.answers[CacheMatch] = lambda call: call.reply(CacheMatched(tokens=engine.matched))
+    return engine
+
+
+def say(engine: ScriptedEngine, call: IncomingCall) -> None:
+    """Two tokens, and the end."""
+    body = call.body
+    assert isinstance(body, StartGenerate)
+    engine._use_up(call)
+    call.part(Tokens(ids=pack_tokens([1])))
+    call.part(Tokens(ids=pack_tokens([2])))
+    usage = Usage(prompt_tokens=len(body.prompt) // 4, completion_tokens=2)
+    call.reply(Generated(finish_reason="length", usage=usage))
+
+
+async def serve(world: World, prompt: list[int] = PROMPT) -> list[str]:
+    """What a request makes of the engines."""
+    before = len(world.log)
+    assert ids_of(await read(world.generate(prompt))) == [1, 2]
+    await world.core.wait_idle()
+    await world.settle()
+    return world.log[before:]
+
+
+# --- prefill_decode --------------------------------------------------------------------------------------------------
+
+
+def test_prefill_and_decode_on_two_engines() -> None:
+    async def check(world: World) -> None:
+        expected = ["d prep_recv end=-1", "p remote_send d 0 89", "d start_generate 89 lease=401"]
+        assert await serve(world) == expected
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
+    async def check(world: World) -> None:
+        d = world.engines["d"]
+        d.matched = 16
+        assert (await serve(world))[1:] == ["p remote_send d 16 89", "d start_generate 89 lease=401"]
+        # Less than `min_remote` is missing, or nothing at all: no other engine is asked.
+        d.matched = 32
+        assert (await serve(world))[1:] == ["d start_generate 32 lease=403"]
+        d.matched = 80
+        assert (await serve(world))[1:] == ["d start_generate 80 lease=405"]
+        assert (await serve(world, PROMPT[:80]))[1:] == ["d start_generate 79 lease=407"]
+        assert len(world.engines["p"].calls) == 1
+
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64)
+
+
+def test_without_regard_to_caches_every_prompt_is_sent() -> None:
+    async def check(world: World) -> None:
+        world.engines["d"].matched = 80
+        assert (await serve(world))[1] == "p remote_send d 80 89"
+        assert (await serve(world, [1]))[1] == "d start_generate 0 lease=403"
+
+    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False)
+
+
+def test_several_engines_of_each_kind_take_turns() -> None:
+    async def check(world: World) -> None:
+        for number in range(12):
+            await serve(world, [number] * 90)
+        calls = {name: len(engine.calls) for name, engine in world.engines.items()}
+        assert calls == {"a": 8, "b": 8, "c": 8, "x": 6, "y": 6}
+
+    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill")
+
+
+def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
+    async def check(world: World) -> None:
+        await serve(world)
+        first = next(name for name in "ab" if world.engines[name].calls)
+        world.engines[first].matched = 80
+        log = await serve(world, PROMPT + [7] * 100)
+        assert log[0] == f"{first} prep_recv end=-1"
+        assert log[1].split()[1:] == ["remote_send", first, "80", "189"]
+
+    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill")
+
+
+def test_one_engine_alone_serves_disaggregated_requests() -> None:
+    async def check(world: World) -> None:
+        assert await serve(world) == ["a prep_recv end=-1", "a remote_send a 0 89", "a start_generate 89 lease=101"]
+
+    run("prefill_decode", check, "a")
+
+
+# --- balanced --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "split"), [(0.0, 80), (0.1, 80), (0.37, 64), (0.5, 48), (0.95, 0), (1.0, 0)])
+def test_the_prompt_is_split_by_the_ratio(ratio: float, split: int) -> None:
+    async def check(world: World) -> None:
+        log = await serve(world)
+        sends = [f"p remote_send d 0 {split}"] if split else []
+        assert log == [f"d prep_recv end={split}", *sends, f"d start_generate {split} lease=401"]
+
+    run("balanced", check, "d-decode", "p-prefill", ratio=ratio)
+
+
+def test_what_is_cached_is_not_balanced_again() -> None:
+    async def check(world: World) -> None:
+        world.engines["d"].matched = 48
+        assert (await serve(world))[1:] == ["p remote_send d 48 64", "d start_generate 64 lease=401"]
+        world.engines["d"].matched = 80
+        assert (await serve(world))[1:] == ["d start_generate 64 lease=403"]
+
+    run("balanced", check, "d-decode", "p-prefill", ratio=0.3)
+
+
+def test_a_ratio_that_is_none_is_the_requests_error() -> None:
+    async def check(world: World) -> None:
+        with pytest.raises(InvalidRequest, match="between 0 and 1"):
+            await read(world.generate(PROMPT))
+
+    run("balanced", check, "a", ratio=2.0)
+
+
+# --- cache_aware -----------------------------------------------------------------------------------------------------
+
+
+def test_turns_of_a_conversation_stay_on_an_engine() -> None:
+    async def check(world: World) -> None:
+        served = {}
+        for turn in range(3):
+            for conversation in range(3):
+                log = await serve(world, [conversation] * (32 + 20 * turn))
+                served.setdefault(conversation, set()).add(log[0].split()[0])
+        assert sorted(map(sorted, served.values())) == [["a"], ["b"], ["c"]]
+
+    run("cache_aware", check, "a", "b", "c")
+
+
+# --- context_migration -----------------------------------------------------------------------------------------------
+
+
+def test_a_context_moves_to_the_engine_of_the_next_turn() -> None:
+    async def check(world: World) -> None:
+        assert await serve(world) == [
+            "a start_generate 0",
+            "b prep_recv end=None",
+            "a remote_send b 0 92",
+            "b commit lease=201",
+        ]
+        # Prompt and answer are on b now, and it is there that the conversation goes on; it stays.
+        assert await serve(world, [*PROMPT, 1, 2, *[5] * 20]) == ["b start_generate 0"]
+
+    run("context_migration", check, "a-start", "b-next", target="next")
+
+
+@pytest.mark.parametrize("busier", "ab")
+def test_a_context_moves_to_who_has_less_to_do(busier: str) -> None:
+    async def check(world: World) -> None:
+        a, b = world.engines["a"], world.engines["b"]
+        for engine in (a, b):
+            del engine.answers[StartGenerate]
+        first = world.generate(PROMPT)
+        await world.settle()
+        await a.tokens(1)
+        # The same prompt goes where it is cached, and another one to the other.
+        second = world.generate(PROMPT if busier == "a" else [9] * 90)
+        await world.settle()
+        assert (len(a.calls), len(b.calls)) == ((2, 0) if busier == "a" else (1, 1))
+        before = len(world.log)
+        await a.finish(2, call=0)
+        assert ids_of(await read(first)) == [1, 2]
+        await world.settle()
+        moved = ["b prep_recv end=None", "a remote_send b 0 92", "b commit lease=201"]
+        assert world.log[before:] == (moved if busier == "a" else [])
+        second.cancel()
+
+    run("context_migration", check, "a", "b")
+
+
+def test_a_short_context_or_a_single_engine_moves_nothing() -> None:
+    async def check(world: World) -> None:
+        assert len(await serve(world, [1] * 10)) == 1
+        world.core.leave("b", 1)
+        assert len(await serve(world)) == 1
+
+    run("context_migration", check, "a-start", "b-next", target="next")
+
+
+def test_a_migration_that_fails_troubles_nobody() -> None:
+    async def check(world: World) -> None:
+        for engine in world.engines.values():
+            engine.answers[RemoteSend] = lambda call: call.fail(TransferFailed("torn"))
+        log = await serve(world)
+        assert "b forgo lease=201 0 92" in log
+
+    run("context_migration", check, "a-start", "b-next", target="next")
+
+
+# --- every strategy, every call failing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [Busy("full"), TransferFailed("torn"), PeerLost("dead")], ids=lambda error: error.code
+)
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", [each.name for each in BUILT_IN])
+def test_a_call_that_fails_is_made_up_for(name: str, number: int, error: MicroserveError) -> None:
+    """Before the first token, nothing that a single engine does costs a request."""
+
+    async def check(world: World) -> None:
+        calls = 0
+
+        def broken(
+            engine: ScriptedEngine, answer: Callable[[IncomingCall], object]
+        ) -> Callable[[IncomingCall], object]:
+            def act(call: IncomingCall) -> object:
+                nonlocal calls
+                calls += 1
+                if calls - 1 != number:
+                    return answer(call)
+                if isinstance(error, PeerLost):
+                    engine.dead = True
+                    return world.network.kill(engine.bus.me)
+                return call.fail(error)
+
+            return act
+
+        for engine in world.engines.values():
+            engine.answers = {kind: broken(engine, answer) for kind, answer in engine.answers.items()}
+        generation = world.generate(PROMPT)
+        try:
+            assert ids_of(await read(generation)) == [1, 2]
+        except TransferFailed:
+            # Said by an engine of a generation, which no engine does.
+            assert isinstance(error, TransferFailed)
+        await world.core.wait_idle()
+
+    run(name, check, "a", "b", "c-next")
+
+
+@pytest.mark.parametrize("stage", range(5))
+@pytest.mark.parametrize("name", [each.name for each in BUILT_IN])
+def test_a_client_that_leaves_at_any_moment_leaves_nothing(name: str, stage: int) -> None:
+    async def check(world: World) -> None:
+        for engine in world.engines.values():
+            engine.answers = {}
+        generation = world.generate(PROMPT)
+        for _ in range(stage):
+            await world.settle()
+            for engine in world.engines.values():
+                for call in engine.open:
+                    if isinstance(call.body, PrepRecv):
+                        engine.grant(call)
+                    elif isinstance(call.body, RemoteSend):
+                        engine.report(call)
+                    elif isinstance(call.body, StartGenerate):
+                        engine._use_up(call)
+                        call.part(Tokens(ids=pack_tokens([1])))
+        generation.cancel()
+        await world.settle()
+        assert generation.error is not None
+
+    run(name, check, "a", "b", "c-next", **({"target": "next"} if name == "context_migration" else {}))
