@@ -281,7 +281,7 @@ def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecuto
     folder = resolve_model(config.model)
     model = read_config(folder)
     device = torch.device("cpu" if config.device == "auto" else config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {config.device!r}: torch finds no GPU on this machine")
     dtype = _DTYPES["float32" if config.dtype == "auto" else config.dtype]
     max_context = min(config.max_context or model.max_context, model.max_context)

@@ -112,7 +112,13 @@ class RouterCore:
         self._texts: dict[str, TextModel] = {}
         self._text_errors: dict[str, str] = {}
         self._loading: dict[str, asyncio.Future[TextModel]] = {}
-        self._dispatcher = Dispatcher(self.fleet, ended=self._ended, clock=clock, observer=metrics.gap_observer)
+        self._dispatcher = Dispatcher(
+            self.fleet,
+            ended=self._ended,
+            clock=clock,
+            observer=metrics.gap_observer,
+            sub_ended=metrics.sub_ended,
+        )
         self._active: set[Generation] = set()
         self._queue: deque[Generation] = deque()
         self._idle = asyncio.Event()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from microserve.router.dispatch import Generation
+    from microserve.router.pending import SubRecord
     from microserve.runtime.bus import BusStatistics
     from microserve.runtime.messages import FleetEngine
 
@@ -87,12 +88,24 @@ class _Label:
         self.tokens_cached += other.tokens_cached
 
 
+class _Verb:
+    """What is measured of the sub-requests of one verb."""
+
+    __slots__ = ("computed", "nbytes", "outcomes", "reused", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = Series(_SLOW)
+        self.outcomes: Counter[str] = Counter()
+        self.computed = self.reused = self.nbytes = 0
+
+
 class RouterMetrics(Collector):
     """Counts what happens at one router. Registered with the registry that it is given."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._labels: dict[tuple[str, str], _Label] = {}
         self._refused: Counter[str] = Counter()
+        self._verbs: dict[str, _Verb] = {}
         self.active: Callable[[], int] = lambda: 0
         self.queued: Callable[[], int] = lambda: 0
         self.engines: Callable[[], Iterable[FleetEngine]] = tuple
@@ -125,6 +138,16 @@ class RouterMetrics(Collector):
             label.jct.observe(generation.last_token_at - generation.created_at)
             if generation.output_tokens > 1:
                 label.tpot.observe((generation.last_token_at - first) / (generation.output_tokens - 1))
+
+    def sub_ended(self, record: SubRecord) -> None:
+        """A sub-request of a strategy has ended."""
+        verb = self._verbs.setdefault(record.verb, _Verb())
+        verb.outcomes[record.outcome] += 1
+        if record.ended is not None:
+            verb.seconds.observe(record.ended - record.started)
+        verb.computed += record.computed
+        verb.reused += record.reused
+        verb.nbytes += record.nbytes
 
     def refused(self, code: str) -> None:
         """A choice was refused before anything started. The model's name is the caller's to invent: it is no label."""
@@ -159,6 +182,7 @@ class RouterMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._times()
+        yield from self._sub_requests()
         yield from self._state()
         if self.bus is not None:
             yield _bus(self.bus())
@@ -189,6 +213,22 @@ class RouterMetrics(Collector):
                 series: Series = getattr(label, name)
                 family.add_metric([model, version], series.buckets(), series.total)
             yield family
+
+    def _sub_requests(self) -> Iterator[Metric]:
+        ended = _counter("sub_requests", "Sub-requests of strategies that ended, by verb and outcome.", "verb", "outcome")
+        seconds = HistogramMetricFamily(
+            f"{_PREFIX}sub_request_seconds", "Time from a sub-request to its answer.", labels=["verb"]
+        )
+        moved = _counter("sent_tokens", "Tokens whose KV went to another engine: computed for it, or cached.", "kind")
+        for name, verb in self._verbs.items():
+            for outcome, count in verb.outcomes.items():
+                ended.add_metric([name, outcome], count)
+            seconds.add_metric([name], verb.seconds.buckets(), verb.seconds.total)
+        sent = self._verbs.get("remote_send", _Verb())
+        moved.add_metric(["computed"], sent.computed)
+        moved.add_metric(["reused"], sent.reused)
+        nbytes = CounterMetricFamily(f"{_PREFIX}sent_bytes", "KV that went to another engine.", value=sent.nbytes)
+        yield from (ended, seconds, moved, nbytes)
 
     def _state(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"{_PREFIX}active", "Choices that run at engines.", value=self.active())

@@ -68,6 +68,9 @@ _LINGER_MS: Final = 250
 _SETTLE: Final = 0.005
 """Seconds between the news of a disconnect and acting on it: what had arrived before is delivered first."""
 
+_REBIND: Final = 0.01
+"""Seconds between attempts to have an address again that was ours a moment ago."""
+
 _MONITOR_EVENT: Final = struct.Struct("=HI")
 
 _REFUSALS: Final = int(
@@ -375,23 +378,38 @@ class ZmqPublisher:
     def __init__(self, bus: ZmqBus, endpoint: str) -> None:
         self._bus = bus
         self._socket = bus.new_socket(zmq.PUB, binds=True)
+        self._again: asyncio.TimerHandle | None = None
         self.endpoint = _bind(self._socket, endpoint)
 
     def reopen(self) -> None:
         """Ends every subscriber's connection: they come back at once, if their key is still let in."""
         self._socket.unbind(self.endpoint)
         self._socket.close(0)
-        self._socket = self._bus.new_socket(zmq.PUB, binds=True)
-        self.endpoint = _bind(self._socket, self.endpoint)
+        self._bind_again()
+
+    def _bind_again(self) -> None:
+        """libzmq lets go of an address in its own time: tried until it has. Events in between are missed, as ever."""
+        self._again = None
+        socket = self._bus.new_socket(zmq.PUB, binds=True)
+        try:
+            self.endpoint = _bind(socket, self.endpoint)
+        except ConfigError:
+            self._again = asyncio.get_running_loop().call_later(_REBIND, self._bind_again)
+        else:
+            self._socket = socket
 
     def publish(self, event: EngineEvent) -> None:
+        if self._socket.closed:
+            return
         # A PUB never blocks: it drops for subscribers that are too slow, and the event's `seq` shows them that.
         self._socket.send(pack(event, event.seq), _NOBLOCK)
         self._bus.counters.sent += 1
 
     def close(self) -> None:
+        self._bus.forget_endpoint(self)
+        if self._again is not None:
+            self._again.cancel()
         if not self._socket.closed:
-            self._bus.forget_endpoint(self)
             self._socket.unbind(self.endpoint)
             self._socket.close(_LINGER_MS)
 

@@ -46,7 +46,7 @@ _SET = 1_000_000
 
 class Asked(NamedTuple):
     prompt: list[int]
-    count: int
+    tokens: int
     at: float
     confirmed: int
     """So many changes of the strategy had been confirmed when it was sent."""
@@ -112,7 +112,7 @@ class Soak:
         prompt = (stem + [draw.randrange(30_000) for _ in range(length)])[:length]
         confirmed = sum(bool(self.recorder.terminals[change]) for change in self.changes)
         asked = self.asked[id] = Asked(prompt, draw.randint(1, 24), self._now(), confirmed, [])
-        sampling = SamplingParams(max_tokens=asked.count, temperature=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=asked.tokens, temperature=0, ignore_eos=True)
         self.recorder.call(id, Generate(prompt=pack_tokens(prompt), sampling=sampling))
         if draw.random() < 1 / 3:
             asyncio.get_running_loop().call_later(draw.random() * self._patience, self._cancel, id)
@@ -150,12 +150,12 @@ class Soak:
         served: Counter[str] = Counter()
         for id, asked in self.asked.items():
             error, tokens = recorder.error(id), recorder.tokens[id]
-            expected = reference(asked.prompt, asked.count)
+            expected = reference(asked.prompt, asked.tokens)
             if error is None:
                 finished = recorder.finished(id)
                 assert isinstance(finished, Finished)
                 assert tokens == expected, (id, asked)
-                assert finished.usage.completion_tokens == asked.count
+                assert finished.usage.completion_tokens == asked.tokens
                 begun = bisect(self._changed_at, asked.at + _ADMISSION)
                 assert finished.strategy in versions[asked.confirmed - 1 : begun], (id, finished.strategy)
                 served[finished.strategy] += 1

@@ -216,7 +216,7 @@ def test_pages_arrive_byte_for_byte(cluster: Cluster, length: int) -> None:
 
 # --- the same through the router, the strategy set live ------------------------------------------------------------
 
-MOVES = {"cache_aware": False, "min_remote": 1}
+MOVES: dict[str, SettingValue] = {"cache_aware": False, "min_remote": 1}
 STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], bool]] = {
     "data parallel": ("data_parallel", {}, False),
     "cache aware": ("cache_aware", {}, False),

@@ -272,7 +272,11 @@ def test_status_counts() -> None:
             await asyncio.sleep(2.5)
             status = world.core.status()
             assert (status.active_requests, status.queued_requests, status.requests_total) == (1, 1, 2)
-            assert (status.router, status.version, status.strategy) == ("r", "test", world.core.versions.default.version)
+            assert (status.router, status.version, status.strategy) == (
+                "r",
+                "test",
+                world.core.versions.default.version,
+            )
             assert status.uptime == pytest.approx(2.5)
             (engine,) = status.engines
             assert (engine.info.engine_id, engine.state, engine.charged) == ("a", "ready", 1)

@@ -10,6 +10,7 @@ import pytest
 from tests.router_support import ScriptedEngine, World, ids_of, read
 from tests.virtual_time import run_virtual
 
+from microserve.router import dispatch
 from microserve.router.dispatch import LINGER_SECONDS, State
 from microserve.router.strategy import Chunk, Fleet, Request, strategy
 from microserve.runtime.errors import (
@@ -22,6 +23,7 @@ from microserve.runtime.errors import (
     MicroserveError,
     PeerLost,
 )
+from microserve.runtime.log import get_logger
 from microserve.runtime.messages import TokenLogprobs, Tokens
 
 if TYPE_CHECKING:
@@ -445,6 +447,13 @@ def test_a_strategy_that_waits_for_ever_is_stopped(cancelled: bool) -> None:
     run_program(waiting, check)
 
 
+@pytest.fixture
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have logged does not count against the rate of what is logged now."""
+    monkeypatch.setattr(dispatch, "_log", get_logger(dispatch.__name__))
+
+
+@pytest.mark.usefixtures("fresh_log")
 def test_a_strategy_that_does_not_let_go_keeps_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
     stop: list[bool] = []
 
@@ -476,6 +485,7 @@ def test_a_strategy_that_does_not_let_go_keeps_nobody_waiting(caplog: pytest.Log
     run_program(stubborn, check)
 
 
+@pytest.mark.usefixtures("fresh_log")
 def test_a_strategy_that_blocks_the_loop_is_named(caplog: pytest.LogCaptureFixture) -> None:
     async def slow(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
         time.sleep(0.06)  # noqa: ASYNC251  (the fault that is looked for)

@@ -180,7 +180,8 @@ def test_turns_of_a_conversation_stay_on_an_engine() -> None:
     async def check(world: World) -> None:
         served = {}
         for turn in range(3):
-            for conversation in range(3):
+            # In another order each time: taking turns would mix them.
+            for conversation in ((0, 1, 2), (1, 2, 0), (2, 1, 0))[turn]:
                 log = await serve(world, [conversation] * (32 + 20 * turn))
                 served.setdefault(conversation, set()).add(log[0].split()[0])
         assert sorted(map(sorted, served.values())) == [["a"], ["b"], ["c"]]
@@ -236,6 +237,13 @@ def test_a_short_context_or_a_single_engine_moves_nothing() -> None:
         assert len(await serve(world)) == 1
 
     run("context_migration", check, "a-start", "b-next", target="next")
+
+
+def test_a_context_that_is_where_it_should_be_stays() -> None:
+    async def check(world: World) -> None:
+        assert await serve(world) == ["a start_generate 0"]
+
+    run("context_migration", check, "a-next", "b-next", target="next")
 
 
 def test_a_migration_that_fails_troubles_nobody() -> None:

@@ -89,7 +89,7 @@ def test_environment_texts_become_typed_values() -> None:
         ("PAGE_SIZE", "1.5", "page_size: '1.5' is not a whole number, at least 1 and at most 1024 (from {name})"),
         ("KV_PAGES", "1", "kv_pages: 1 is not a whole number, at least 2 (from {name})"),
         ("KV_MEMORY", "2XB", "kv_memory: '2XB' is not a size such as 512MiB, 2GiB or 4GB (from {name})"),
-        ("EXECUTOR", "gpu", "executor: 'gpu' is not one of auto, torch, fake (from {name})"),
+        ("EXECUTOR", "gpu", "executor: 'gpu' is not one of auto, cuda, torch, fake (from {name})"),
         ("MODEL", "", "model: '' is not text that is not empty (from {name})"),
         ("LABELS", "ab", "'ab' is not KEY=VALUE (from {name})"),
         ("LOG_JSON", "maybe", "log_json: 'maybe' is not true or false (from {name})"),

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 WAITS = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+def end(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not meet an interpreter that is on its way out
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
 print("up", *sys.argv[1:], flush=True)
 while True: signal.pause()
 """
