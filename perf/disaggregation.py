@@ -186,7 +186,7 @@ class _Pair:
     def _prompt(self, tokens: int | None = None) -> bytes:
         return pack_tokens(self._random.integers(0, 120_000, self._tokens if tokens is None else tokens))
 
-    def _names(self) -> dict[str, str]:
+    def _names(self) -> dict[str, Any]:
         self._number += 1
         return {"request_id": f"r{self._number}", "sub_id": f"s{self._number}"}
 

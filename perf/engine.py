@@ -116,7 +116,8 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path) -> None:
 async def _announced(router: _Router, process: asyncio.subprocess.Process) -> Announce:
     ended = asyncio.create_task(process.wait())
     try:
-        await asyncio.wait({router.announced, ended}, timeout=300, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {router.announced, ended}
+        await asyncio.wait(ends, timeout=300, return_when=asyncio.FIRST_COMPLETED)
         if not router.announced.done():
             raise SystemExit("perf.engine: the engine did not start; it says why above")
         return router.announced.result()

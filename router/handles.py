@@ -314,8 +314,13 @@ class TokenStream:
         run.cached(self._link, run.prompt_bytes, len(run.request.prompt))
 
     def _ended(self, reply: ReplyBody | None, error: MicroserveError | None) -> None:
-        if self._waiting and isinstance(reply, Generated):
-            self._begun()
+        if isinstance(reply, Generated):
+            if self._waiting:
+                self._begun()
+            usage, record = reply.usage, self._record
+            record.matched = usage.cached_tokens
+            record.reused = record.matched + reply.received_tokens
+            record.computed = usage.prompt_tokens - record.reused
         self._run.discharge(self._charge)
 
     def _last(self, chunk: Chunk) -> Chunk:
@@ -323,10 +328,8 @@ class TokenStream:
         if type(reply) is not Generated:
             raise _strange(self._link, reply)
         self._finished = True
-        usage, record = reply.usage, self._record
+        usage = reply.usage
         cached = usage.cached_tokens
-        record.matched, record.reused = cached, cached + reply.received_tokens
-        record.computed = usage.prompt_tokens - record.reused
         whole = self._run.cached_tokens(self._link, self._kv, cached, reply.received_tokens)
         if whole != cached:
             reply = msgspec.structs.replace(reply, usage=msgspec.structs.replace(usage, cached_tokens=whole))

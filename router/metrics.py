@@ -215,7 +215,9 @@ class RouterMetrics(Collector):
             yield family
 
     def _sub_requests(self) -> Iterator[Metric]:
-        ended = _counter("sub_requests", "Sub-requests of strategies that ended, by verb and outcome.", "verb", "outcome")
+        ended = _counter(
+            "sub_requests", "Sub-requests of strategies that ended, by verb and outcome.", "verb", "outcome"
+        )
         seconds = HistogramMetricFamily(
             f"{_PREFIX}sub_request_seconds", "Time from a sub-request to its answer.", labels=["verb"]
         )

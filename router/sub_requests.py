@@ -132,8 +132,8 @@ class SubRequests:
             error = call.error
             if error is not None:
                 self._blame(link, error)
-            self.finish(record, "ok" if error is None else error.code)
             ended(None if error is not None else call.reply, error)
+            self.finish(record, "ok" if error is None else error.code)
 
         self._open[call] = stop if stop is not None else call.cancel
         if call.ended:

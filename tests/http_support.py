@@ -16,9 +16,9 @@ from microserve.router.http import make_app
 from microserve.router.metrics import RouterMetrics
 from microserve.router.strategies.catalog import Catalog
 from microserve.router.strategies.data_parallel import data_parallel
-from microserve.router.versions import Versions
 from microserve.router.strategy import Chunk
 from microserve.router.text import TextModel
+from microserve.router.versions import Versions
 from microserve.runtime.config import RouterConfig
 from microserve.runtime.errors import Cancelled, ContextLengthExceeded, MicroserveError, ModelNotFound, NoEngine
 from microserve.runtime.messages import Generated, ModelInfo, TokenLogprobs, Usage

@@ -103,7 +103,7 @@ def test_leaving_a_stream_ends_it_at_the_engine() -> None:
         engine = await world.add("a")
         engine.answers[StartGenerate] = lambda call: call.part(Tokens(ids=pack_tokens([5])))
         stream = client.engine("a").start_generate([1, 2], max_tokens=2)
-        assert isinstance(await anext(stream), Tokens)  # type: ignore[call-overload]
+        assert isinstance(await anext(stream), Tokens)
         await stream.aclose()  # type: ignore[attr-defined]
         await world.settle()
         assert len(engine.cancelled) == 1

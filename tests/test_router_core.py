@@ -10,13 +10,13 @@ from prometheus_client import CollectorRegistry
 from tests.router_support import CONTEXT, VOCABULARY, ScriptedEngine, World, engine_info, ids_of, read
 from tests.virtual_time import run_virtual
 
-from microserve.router.strategies.catalog import Catalog
-from microserve.router.strategy import Program
-from microserve.router.versions import Versions
 from microserve.router.core import RouterCore
 from microserve.router.dispatch import State
 from microserve.router.metrics import RouterMetrics
+from microserve.router.strategies.catalog import Catalog
 from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategy import Program
+from microserve.router.versions import Versions
 from microserve.runtime.config import RouterConfig
 from microserve.runtime.errors import (
     Busy,

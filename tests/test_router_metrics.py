@@ -11,7 +11,8 @@ from tests.router_support import World, read
 from tests.virtual_time import run_virtual
 
 from microserve.router.metrics import RouterMetrics, Series
-from microserve.runtime.errors import Busy, ModelNotFound
+from microserve.router.strategies.prefill_decode import prefill_decode
+from microserve.runtime.errors import Busy, ModelNotFound, TransferFailed
 
 
 def test_a_series_counts_by_upper_bound() -> None:
@@ -91,6 +92,40 @@ def test_engines_and_bus_are_read_when_scraped() -> None:
             assert sent is not None
             assert sent > 0
             generation.cancel()
+
+    run_virtual(main())
+
+
+def test_sub_requests_are_counted_by_verb_and_outcome() -> None:
+    async def main() -> None:
+        async with World(prefill_decode.configure({"min_remote": 0})) as world:
+            d = await world.add("d", labels={"decode": "yes"})
+            p = await world.add("p", labels={"prefill": "yes"})
+            d.grant_always(matched=16)
+            for broken in (False, True):
+                generation = world.generate(list(range(50)))
+                await world.settle()
+                await asyncio.sleep(2.0)
+                if broken:
+                    await p.fail(TransferFailed("torn"))
+                else:
+                    p.report(p.calls[-1], reused=16)
+                await d.finish(1)
+                await read(generation)
+            counted = {
+                (verb, outcome): world.metric("sub_requests_total", verb=verb, outcome=outcome)
+                for verb, outcome in (
+                    ("prep_recv", "ok"),
+                    ("remote_send", "ok"),
+                    ("remote_send", "transfer_failed"),
+                    ("start_generate", "ok"),
+                )
+            }
+            assert list(counted.values()) == [2, 1, 1, 2]
+            assert world.metric("sub_request_seconds_sum", verb="remote_send") == 4.0
+            assert world.metric("sent_tokens_total", kind="reused") == 16
+            assert world.metric("sent_tokens_total", kind="computed") == 17
+            assert world.metric("sent_bytes_total") == 64
 
     run_virtual(main())
 

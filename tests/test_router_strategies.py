@@ -178,7 +178,7 @@ def test_a_ratio_that_is_none_is_the_requests_error() -> None:
 
 def test_turns_of_a_conversation_stay_on_an_engine() -> None:
     async def check(world: World) -> None:
-        served = {}
+        served: dict[int, set[str]] = {}
         for turn in range(3):
             # In another order each time: taking turns would mix them.
             for conversation in ((0, 1, 2), (1, 2, 0), (2, 1, 0))[turn]:
@@ -280,8 +280,10 @@ def test_a_call_that_fails_is_made_up_for(name: str, number: int, error: Microse
                     return answer(call)
                 if isinstance(error, PeerLost):
                     engine.dead = True
-                    return world.network.kill(engine.bus.me)
-                return call.fail(error)
+                    world.network.kill(engine.bus.me)
+                else:
+                    call.fail(error)
+                return None
 
             return act
 

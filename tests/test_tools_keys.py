@@ -56,7 +56,7 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_folder_is_the_systems_for_root_and_ones_own_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys.os, "geteuid", lambda: 0)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     assert keys.default_folder() == Path("/etc/microserve/keys")
-    monkeypatch.setattr(keys.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert keys.default_folder() == Path.home() / ".config/microserve/keys"
