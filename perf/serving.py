@@ -14,13 +14,17 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from microserve.runtime.models import resolve_model
 from perf.harness import Benchmark, Sample
 from perf.load import Summary, fixed, run, sharegpt_file, sharegpt_like, summarize
+from perf.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +54,10 @@ def _arguments(bench: Benchmark) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--url", help="a running server; without it, one is started")
     parser.add_argument("--engines", type=int, default=2, help="engines to start")
-    parser.add_argument("--executor", default="torch", choices=("torch", "fake"), help="executor of those engines")
-    parser.add_argument("--model", default="demo", help="model of those engines")
+    parser.add_argument(
+        "--executor", default="torch", choices=("torch", "cuda", "fake"), help="executor of those engines"
+    )
+    parser.add_argument("--model", default="demo", help="model of those engines; a shape's name means dummy weights")
     parser.add_argument("--rates", type=_rates, default=[2.0, 4.0, 8.0], help="requests a second; 0 is all at once")
     parser.add_argument("--requests", type=int, default=60, help="requests of one run")
     parser.add_argument(
@@ -114,9 +120,28 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
         return
     from tests.cluster import FAKE, Cluster
 
+    if args.executor == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _gpu_server(args, Path(folder))
+        return
     threads = max(1, (os.cpu_count() or 1) // args.engines)
     real = ("--executor", args.executor, "--model", args.model, "--threads", str(threads))
     with Cluster(args.engines, engine_args=FAKE if args.executor == "fake" else real) as cluster:
+        yield cluster.http
+
+
+def _gpu_server(args: argparse.Namespace, folder: Path) -> Iterator[str]:
+    from tests.cluster import Cluster
+
+    flags = ["--executor", "cuda", "--step-tokens", "8192", "--max-running", "256", "--max-context", "16384"]
+    model = args.model
+    if args.model in SHAPES:
+        model = str(write_shape(folder / args.model, args.model))
+        # Its own tokenizer cannot be had without the checkpoint; ids that this one does not know are no text.
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(resolve_model("demo")) / file, model)
+        flags.append("--dummy-weights")
+    with Cluster(args.engines, engine_args=(*flags, "--model", model)) as cluster:
         yield cluster.http
 
 
