@@ -14,17 +14,15 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from microserve.runtime.models import resolve_model
 from perf.harness import Benchmark, Sample
 from perf.load import Summary, fixed, run, sharegpt_file, sharegpt_like, summarize
-from perf.shapes import SHAPES, write_shape
+from perf.shapes import SHAPES, write_shape, write_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,9 +135,7 @@ def _gpu_server(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     model = args.model
     if args.model in SHAPES:
         model = str(write_shape(folder / args.model, args.model))
-        # Its own tokenizer cannot be had without the checkpoint; ids that this one does not know are no text.
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(Path(resolve_model("demo")) / file, model)
+        write_tokenizer(Path(model), SHAPES[args.model]["vocab_size"])
         flags.append("--dummy-weights")
     with Cluster(args.engines, engine_args=(*flags, "--model", model)) as cluster:
         yield cluster.http

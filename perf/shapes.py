@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -45,3 +47,13 @@ def write_shape(folder: Path, name: str, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[name] | changes, indent=1))
     return folder
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Writes a tokenizer in which every id is a word of its own: a shape's real one comes with its checkpoint."""
+    words = {f"w{number}": number for number in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Metaspace(replacement="w", prepend_scheme="never")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")

@@ -10,13 +10,14 @@ Whoever calls owns what it opens: a lease that is not used is to be released, or
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
 from microserve.runtime.codec import pack_tokens, unpack_tokens
-from microserve.runtime.errors import InvalidRequest, ProtocolError
+from microserve.runtime.errors import InvalidRequest, MicroserveError, ProtocolError
 from microserve.runtime.messages import (
     Abort,
     Aborted,
@@ -232,6 +233,23 @@ class AsyncEngine:
     async def _call(self, body: EngineVerb, budget: float = _BUDGET) -> object:
         rpc = await self._client.connect()
         return await rpc.call(EngineCall(engine_id=self.id, body=body), budget=budget)
+
+
+async def migrate(prompt: Sequence[int], source: AsyncEngine, target: AsyncEngine) -> int:
+    """Moves a context: the KV of `prompt` is copied from `source`, which computes what it has not cached, into the
+    prefix tree of `target`. Returns how many tokens are cached there then: whole pages.
+
+    Raises what the engines raise; then nothing is left behind.
+    """
+    address = await target.prep_recv(prompt)
+    try:
+        await source.remote_send(prompt, address)
+        return await target.commit(address.lease)
+    except BaseException:
+        # Failed, or cancelled: what is under way ends without us, but for the lease.
+        with contextlib.suppress(MicroserveError):
+            await target.release(address.lease)
+        raise
 
 
 def _new_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ from tests.virtual_time import run_virtual
 
 from microserve.router.core import GenerationSpec
 from microserve.router.strategies.catalog import BUILT_IN, load_catalog
+from microserve.runtime.async_engine import AsyncEngine, migrate
 from microserve.runtime.config import FakeConfig
+from microserve.runtime.errors import NotFound
 from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from microserve.router.dispatch import Generation
     from microserve.router.strategy import SettingValue, Strategy
+    from microserve.runtime.rpc import RpcClient
 
 FOLDER = Path(__file__).parent.parent / "examples"
 FLEET = {"p": {"prefill": "yes"}, "q": {"prefill": "yes"}, "d": {"decode": "yes"}}
@@ -178,5 +182,51 @@ def test_a_second_sender_steps_in_for_one_that_is_gone() -> None:
                 "q remote_send ok",
                 "d start_generate ok",
             ]
+
+    run_virtual(main())
+
+
+class Connection:
+    """A client of the deployment's router, as `AsyncEngine` wants it."""
+
+    def __init__(self, world: Deployment) -> None:
+        self._world = world
+        self._rpc: RpcClient | None = None
+
+    async def connect(self) -> RpcClient:
+        if self._rpc is None:
+            self._rpc = await self._world.client("operator")
+        return self._rpc
+
+
+def test_an_operator_moves_a_context() -> None:
+    async def main() -> None:
+        async with deployment(ALL["cache_aware"]) as world:
+            connection = Connection(world)
+            p, d = AsyncEngine(connection, "p"), AsyncEngine(connection, "d")
+            prompt = prompt_of(100)
+            await p.generate(prompt, max_tokens=1, temperature=0)
+            assert await migrate(prompt, p, d) == await d.cache_match(prompt) == 96
+            tokens, done = await d.generate(prompt, max_tokens=4, temperature=0)
+            assert tokens == world.expected(prompt, 4)
+            assert done.usage.cached_tokens == 96
+            with pytest.raises(NotFound, match="no engine 'z'"):
+                await migrate(prompt_of(100, 1), AsyncEngine(connection, "z"), d)
+            await world.settle_whole()
+
+    run_virtual(main())
+
+
+def test_moving_a_context_that_is_given_up_leaves_nothing() -> None:
+    async def main() -> None:
+        async with deployment(ALL["cache_aware"]) as world:
+            connection = Connection(world)
+            moving = asyncio.create_task(
+                migrate(prompt_of(2000), AsyncEngine(connection, "p"), AsyncEngine(connection, "d"))
+            )
+            await world.until(lambda: len(world.engines["p"].core.sends) == 1)
+            moving.cancel()
+            await asyncio.wait([moving])
+            await world.settle_whole(5.0)
 
     run_virtual(main())
