@@ -272,6 +272,32 @@ def test_a_stream_has_no_reply_before_its_end_and_one_consumer() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("way", ["reply", "fail", "cancel", "lost"])
+def test_the_end_of_a_stream_is_told_once(way: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            stream, call = await rig.stream()
+            ends: list[tuple[bool, str | None]] = []
+            stream.on_end = lambda: ends.append((stream.ended, stream.error.code if stream.error else None))
+            call.part(tokens(1))
+            await rig.network.settle()
+            assert ends == []
+            if way == "reply":
+                call.reply(GENERATED)
+            elif way == "fail":
+                call.fail(InvalidRequest("no"))
+            elif way == "cancel":
+                stream.cancel()
+            else:
+                rig.client.close("test")
+            await rig.network.settle()
+            stream.cancel()
+            codes = {"reply": None, "fail": "invalid_request", "cancel": "cancelled", "lost": "peer_lost"}
+            assert ends == [(True, codes[way])]
+
+    asyncio.run(main())
+
+
 # --- cancelling ----------------------------------------------------------------------------------------------------
 
 
