@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,9 @@ _MOST_PARTS = 32
 class DecodeAttention:
     """The kernel, and what its launches share. Launches must be in order on one stream."""
 
-    def __init__(self, pool: PagePool, heads: int, window: int | None, cos: Tensor, sin: Tensor, most_rows: int) -> None:
+    def __init__(
+        self, pool: PagePool, heads: int, window: int | None, cos: Tensor, sin: Tensor, most_rows: int
+    ) -> None:
         shape, device = pool.shape, pool.tensor.device
         self._pool = pool
         self._heads = heads
@@ -98,6 +101,7 @@ class DecodeAttention:
             BLOCK=_BLOCK,
             STAGES=_STAGES,
             num_warps=_WARPS,
+            launch_pdl=True,
         )
 
 
@@ -138,6 +142,7 @@ def _decode(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    gdc_launch_dependents()
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + row)
     first = 0
@@ -146,6 +151,7 @@ def _decode(  # type: ignore[no-untyped-def]
     size = tl.maximum(tl.cdiv(tl.cdiv(position - first, PARTS), BLOCK) * BLOCK, LEAST_PART)
     count = tl.maximum(1, tl.cdiv(position - first, size))
     if part >= count:
+        gdc_wait()
         return
     table = pages + tl.load(indptr + row)
     heads = tl.arange(0, ROWS)
@@ -160,6 +166,8 @@ def _decode(  # type: ignore[no-untyped-def]
     c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
     at = turning + row.to(tl.int64) * turning_row
+    # Up to here nothing was read that the kernel before computes.
+    gdc_wait()
     query_at = at + (kv_head * GROUP + heads)[:, None] * turning_head
     query = tl.load(query_at + columns[None, :], mask=known, other=0.0).to(tl.float32) * c[None, :]
     query += tl.load(query_at + partner[None, :], mask=known, other=0.0).to(tl.float32) * s[None, :]
@@ -205,7 +213,9 @@ def _decode(  # type: ignore[no-untyped-def]
         sum_ = tl.dot(weights.to(values.dtype), values, sum_)
         best = better
 
-    target = out + (row.to(tl.int64) * KV_HEADS * GROUP + kv_head * GROUP + heads)[:, None] * HEAD_DIM + columns[None, :]
+    target = (
+        out + (row.to(tl.int64) * KV_HEADS * GROUP + kv_head * GROUP + heads)[:, None] * HEAD_DIM + columns[None, :]
+    )
     if count == 1:
         tl.store(target, sum_ / total[:, None], mask=known)
         return

@@ -20,6 +20,7 @@ from microserve.runtime.clock import monotonic
 from microserve.runtime.config import EngineConfig, config_from_args, default_process_id
 from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError
 from microserve.runtime.ids import Peer, new_epoch
+from microserve.runtime.keys import check_exposed, identity_name, load_security
 from microserve.runtime.log import get_logger, setup_logging
 from microserve.runtime.membership import Announcer
 from microserve.runtime.messages import EngineEvent, EngineInfo
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"microserve engine: error: {error.message}", file=sys.stderr)
         return EXIT_CONFIG
-    engine_id = config.engine_id or default_process_id()
+    engine_id = config.engine_id or identity_name(config.key_file) or default_process_id()
     setup_logging(config.log_level, config.log_json, f"engine:{engine_id}")
     return run_service(partial(serve, config, engine_id, ready=_freeze), name="microserve engine")
 
@@ -70,12 +71,16 @@ async def serve(
     """
     began = monotonic()
     epoch = new_epoch()
-    make_limits(config, config.max_context or 2)  # Before seconds are spent on a checkpoint.
+    # Before seconds are spent on a checkpoint.
+    make_limits(config, config.max_context or 2)
+    security = load_security(config.key_file)
+    exposed = [("bind", config.bind), ("events_bind", config.events_bind)]
+    check_exposed(exposed, secured=security is not None, insecure=config.insecure)
     opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle)
     if opened is None:
         return
     executor, transport = opened
-    bus = ZmqBus(Peer("engine", engine_id, epoch))
+    bus = ZmqBus(Peer("engine", engine_id, epoch), security=security)
     engine = Engine(config, engine_id, epoch, executor, transport, bus)
     try:
         await engine.start()
@@ -92,10 +97,18 @@ async def serve(
             transport=transport.name if transport is not None else "none",
             seconds=round(monotonic() - began, 2),
         )
+        lifecycle.ready(partial(_status_line, engine))
         await engine.run(lifecycle)
     finally:
         await engine.stop()
         await bus.close()
+
+
+def _status_line(engine: Engine) -> str:
+    """What `systemctl status` shows."""
+    load = engine.verbs.load()
+    used = load.total_pages - load.free_pages - load.cached_pages
+    return f"{load.state}: {load.running} running, {load.waiting} waiting, {used} of {load.total_pages} pages in use"
 
 
 async def _open_unless_draining(

@@ -16,7 +16,7 @@ from microserve.engine.kv_verbs import KvVerb, commit_key, prepare_key
 from microserve.engine.request import Request
 from microserve.engine.sending import send_key
 from microserve.runtime.clock import monotonic
-from microserve.runtime.errors import Busy, Cancelled, Draining, MicroserveError, NotFound
+from microserve.runtime.errors import Busy, Cancelled, Draining, Forbidden, MicroserveError, NotFound
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
     Abort,
@@ -157,6 +157,8 @@ class EngineVerbs:
     def handle(self, call: IncomingCall) -> None:
         """Starts or answers one call. Raises the answer when it is an error."""
         body = call.body
+        if call.session.role == "client":
+            raise Forbidden("a client's key is for routers; an engine serves routers, engines and admins")
         match body:
             case StartGenerate():
                 self._start(call, body)

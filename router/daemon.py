@@ -27,6 +27,7 @@ from microserve.router.versions import Versions
 from microserve.runtime.config import RouterConfig, config_from_args, default_process_id
 from microserve.runtime.errors import ConfigError, InvalidRequest
 from microserve.runtime.ids import Peer, new_epoch
+from microserve.runtime.keys import check_exposed, identity_name, load_security
 from microserve.runtime.log import get_logger, setup_logging
 from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
@@ -58,16 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CONFIG
     # One text at a time: handing it to a pool of threads and back costs more than it saves.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    router_id = config.router_id or default_process_id()
+    router_id = config.router_id or identity_name(config.key_file) or default_process_id()
     setup_logging(config.log_level, config.log_json, f"router:{router_id}")
     return run_service(partial(serve, config, router_id), name="microserve router")
 
 
 async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> None:
     """Runs a router until `lifecycle` drains. Raises `ConfigError` for a wrong setting or an address that is taken."""
+    security = load_security(config.key_file)
+    check_exposed([("bind", config.bind)], secured=security is not None, insecure=config.insecure)
+    # HTTP has no keys yet, so only whoever says that it is meant may open it to others.
+    check_exposed([("http_host", config.http_host)], secured=False, insecure=config.insecure)
     versions = load_versions(config)
     http = bind_http(config.http_host, config.http_port)
-    bus = ZmqBus(Peer("router", router_id, new_epoch()))
+    bus = ZmqBus(Peer("router", router_id, new_epoch()), security=security)
     with contextlib.closing(http):
         registry = CollectorRegistry()
         core = RouterCore(
@@ -88,6 +93,7 @@ async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> N
             try:
                 _freeze()
                 _log.info("ready", bus=listener.endpoint, http=core.http_url, strategy=core.versions.default.version)
+                lifecycle.ready(partial(_status_line, core))
                 await _until_drained(config, lifecycle, core, serving)
             finally:
                 await core.close()
@@ -97,6 +103,14 @@ async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> N
         finally:
             await core.close()
             await bus.close()
+
+
+def _status_line(core: RouterCore) -> str:
+    """What `systemctl status` shows."""
+    status = core.status()
+    ready = sum(engine.state == "ready" for engine in status.engines)
+    requests = f"{status.active_requests} requests running, {status.queued_requests} queued"
+    return f"{ready} of {len(status.engines)} engines ready: {requests}, {status.strategy}"
 
 
 async def _until_drained(

@@ -188,6 +188,22 @@ class _NoRing(KeyRing):
 _NO_RING = _NoRing()
 
 
+def load_security(key_file: str | None) -> BusSecurity | None:
+    """What `key_file` of a configuration says; None without one. Raises `ConfigError`."""
+    return None if key_file is None else BusSecurity.load(Path(key_file))
+
+
+def identity_name(key_file: str | None) -> str | None:
+    """The name in a daemon's key file: what it is called unless told otherwise. Nothing that is wrong with the file is
+    told here: whoever loads it does."""
+    if key_file is None:
+        return None
+    try:
+        return read_identity(Path(key_file)).name
+    except ConfigError:
+        return None
+
+
 def check_exposed(endpoints: Iterable[tuple[str, str]], *, secured: bool, insecure: bool) -> None:
     """Raises `ConfigError` when one of `(setting, address)` is off loopback and nothing guards it."""
     if secured or insecure:

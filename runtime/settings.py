@@ -117,6 +117,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)] | None, Meta(description="CPU threads of the executor (not set: one per core)")
     ] = None
     labels: Annotated[dict[str, str], Meta(description="labels that strategies select by, such as pool=prefill")] = {}
+    key_file: Annotated[
+        str | None,
+        Meta(
+            description="who this process is, where keys are used; authorized.toml stands beside it (not set: no keys)"
+        ),
+    ] = None
+    insecure: Annotated[
+        bool, Meta(description="listen off loopback without keys: everybody who reaches a port may use it")
+    ] = False
     drain_timeout: Annotated[
         float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")
     ] = 30.0
@@ -161,6 +170,15 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
         float, Meta(gt=0, description="seconds without a heartbeat after which an engine gets no new work")
     ] = 3.0
     keep_alive: Annotated[float, Meta(ge=0, description="seconds that an idle HTTP connection stays open")] = 75.0
+    key_file: Annotated[
+        str | None,
+        Meta(
+            description="who this process is, where keys are used; authorized.toml stands beside it (not set: no keys)"
+        ),
+    ] = None
+    insecure: Annotated[
+        bool, Meta(description="listen off loopback without keys: everybody who reaches a port may use it")
+    ] = False
     drain_timeout: Annotated[
         float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")
     ] = 30.0

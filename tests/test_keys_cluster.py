@@ -1,0 +1,114 @@
+"""Keys between real processes, and what daemons tell a service manager."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.cluster import FAKE, Cluster, daemon_environ
+
+from microserve.runtime.client import Client
+from microserve.runtime.errors import Forbidden, PeerLost, Unauthorized
+from microserve.runtime.keys import new_identity, revoke
+from microserve.runtime.zmq_bus import new_key_pair
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "keys"
+    for name, role in (("r", "router"), ("e0", "engine"), ("me", "client"), ("root", "admin")):
+        new_identity(made, name, role, new_key_pair)
+    return made
+
+
+def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Path) -> None:
+    engine = (*FAKE, "--key-file", str(folder / "e0.key"))
+    router = ("--key-file", str(folder / "r.key"))
+    os.environ["MICROSERVE_KEY_FILE"] = str(folder / "root.key")
+    try:
+        with Cluster(engines=1, engine_args=engine, router_args=router) as cluster:
+            with Client(cluster.router, key_file=folder / "me.key") as client:
+                assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
+                with pytest.raises(Forbidden, match="may not call SetStrategy"):
+                    client.set_strategy("data_parallel")
+                with pytest.raises(Forbidden, match="may not call EngineCall"):
+                    client.engine("e0").drain()
+            with Client(cluster.router, key_file=folder / "root.key") as admin:
+                admin.engine("e0").stats()
+                admin.set_strategy("data_parallel", model="x")
+            del os.environ["MICROSERVE_KEY_FILE"]
+            with pytest.raises((PeerLost, Unauthorized)), Client(cluster.router, connect_timeout=5.0):
+                pass
+            os.environ["MICROSERVE_KEY_FILE"] = str(folder / "root.key")
+            assert revoke(folder, "me")
+            with pytest.raises((PeerLost, Unauthorized)):
+                ask_until_refused(cluster, folder / "me.key")
+    finally:
+        os.environ.pop("MICROSERVE_KEY_FILE", None)
+
+
+def ask_until_refused(cluster: Cluster, key_file: Path) -> None:
+    """The router looks at the list four times a heartbeat."""
+    while True:
+        with Client(cluster.router, key_file=key_file, connect_timeout=5.0) as client:
+            client.status()
+
+
+def ended(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *arguments], capture_output=True, text=True, timeout=60, env=daemon_environ()
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_port_that_others_can_reach_needs_keys_or_the_word_insecure(folder: Path) -> None:
+    for arguments in (
+        ("microserve.router", "--bind", "tcp://0.0.0.0:*"),
+        ("microserve.router", "--http-host", "0.0.0.0", "--key-file", str(folder / "r.key")),
+        ("microserve.engine", "--executor", "fake", "--bind", "tcp://*:*"),
+        ("microserve.engine", "--executor", "fake", "--events-bind", "tcp://0.0.0.0:*"),
+    ):
+        code, said = ended(*arguments)
+        assert code == 2, arguments
+        assert "--insecure" in said
+
+
+def test_a_key_file_that_others_can_read_stops_the_daemon(folder: Path) -> None:
+    (folder / "r.key").chmod(0o644)
+    code, said = ended("microserve.router", "--key-file", str(folder / "r.key"))
+    assert code == 2
+    assert "chmod 600" in said
+
+
+@pytest.mark.parametrize("kind", ["router", "engine"])
+def test_a_service_manager_hears_ready_status_and_stopping(kind: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        arguments = {
+            "router": ("--bind", "tcp://127.0.0.1:*", "--http-port", "0"),
+            "engine": ("--executor", "fake", "--routers", "tcp://127.0.0.1:9"),
+        }[kind]
+        environ = daemon_environ() | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        process = subprocess.Popen([sys.executable, "-P", "-m", f"microserve.{kind}", *arguments], env=environ)
+        try:
+            heard = ""
+            while "READY=1" not in heard:
+                heard = manager.recv(4096).decode()
+            assert "STATUS=" + {"router": "0 of 0 engines ready", "engine": "ready: 0 running"}[kind] in heard
+            assert manager.recv(4096) == b"WATCHDOG=1"
+            process.send_signal(signal.SIGTERM)
+            while "STOPPING=1" not in heard:
+                heard = manager.recv(4096).decode()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
