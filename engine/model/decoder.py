@@ -61,9 +61,10 @@ class Decoder:
         """The rotary tables [max_context, 1, head_dim], for whoever attends."""
         self._split = [config.heads + config.kv_heads, config.kv_heads]
 
-    def forward(self, tokens: Tensor, attention: Attention) -> Tensor:
+    def forward(self, tokens: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
         """Hidden states [tokens, hidden], after the last norm, of `tokens` (int64 [tokens]), whose positions
-        `attention` knows."""
+        `attention` knows. With `rows` (int64 [n]), of those tokens alone: the last layer does no more for the others
+        than store their KV."""
         config, kernels, layers = self.config, self._kernels, self.weights.layers
         eps, heads, head_dim = config.norm_eps, config.heads, config.head_dim
         hidden = self.weights.embedding[tokens]
@@ -77,12 +78,17 @@ class Decoder:
                 key = kernels.rms_norm(turning[:, heads:], layer.key_norm, eps)
                 turning = torch.cat((query, key), dim=1)
             attended = attention.attend(index, turning, value)
-            added = kernels.linear(attended, layer.output, layer.output_bias)
-            normed, hidden = kernels.add_rms_norm(added, hidden, layer.mlp_norm, eps)
-            wide = kernels.silu_and_mul(kernels.linear(normed, layer.gate_up, layer.gate_up_bias))
-            added = kernels.linear(wide, layer.down, layer.down_bias)
-            following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            normed, hidden = kernels.add_rms_norm(added, hidden, following, eps)
+            last = index + 1 == len(layers)
+            if last and rows is not None:
+                attended, hidden = attended[rows], hidden[rows]
+                if rows.shape[0] == 0:
+                    return hidden
+            normed, hidden = kernels.linear_add_norm(
+                attended, layer.output, layer.output_bias, hidden, layer.mlp_norm, eps
+            )
+            wide = kernels.gated(normed, layer.gate_up, layer.gate_up_bias)
+            following = self.weights.norm if last else layers[index + 1].input_norm
+            normed, hidden = kernels.linear_add_norm(wide, layer.down, layer.down_bias, hidden, following, eps)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -24,12 +24,14 @@ class Kernels(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(the norm of x + residual, x + residual). Both arguments may be overwritten."""
+    def linear_add_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(the norm of linear(x) + residual, that sum). `residual` may be overwritten."""
         ...
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(left half) * right half, along the last dimension."""
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """silu(left half) * right half of linear(x)."""
         ...
 
 
@@ -60,12 +62,14 @@ class TorchKernels:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = residual + x
-        return self.rms_norm(total, weight, eps), total
+    def linear_add_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + self.linear(x, weight, bias)
+        return self.rms_norm(total, norm, eps), total
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
 
