@@ -1,4 +1,7 @@
-"""Paged attention on the GPU through FlashInfer: decodes with tensor cores, prompts with FA3 on Hopper.
+"""Paged attention on the GPU: decodes by a kernel of ours, prompts by FlashInfer, with FA3 on Hopper.
+
+A prompt from its first token on attends to what the step computes, as it lies: faster than through pages. With a past,
+it attends to its pages.
 
 FlashInfer's `plan` writes its schedule into a pinned buffer and copies it from there when the GPU gets to it. A step
 is planned while the one before may still wait for that copy, so there are two pinned buffers, used in turn. What lies
@@ -7,11 +10,13 @@ on the GPU needs no such care: everything runs on one stream, in order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import flashinfer
 import torch
 
+from microserve.engine.cuda_decode import DecodeAttention
 from microserve.engine.model.cuda_kernels import rotate_and_store
 
 if TYPE_CHECKING:
@@ -21,14 +26,21 @@ if TYPE_CHECKING:
     from microserve.kv.pool import PagePool
 
 _FLOAT_WORKSPACE = 256 << 20
-_INT_WORKSPACE = 8 << 20
 _HOPPER = (9, 0)
 
 
-class PagedAttention:
-    """Makes wrappers that share their workspaces, and holds what every step has in common."""
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """The planned part of a step that attends as prompts. `fresh`: none of them has a past."""
 
-    def __init__(self, decoder: Decoder, pool: PagePool) -> None:
+    wrapper: Any
+    fresh: bool
+
+
+class PagedAttention:
+    """What the attention of every step has in common."""
+
+    def __init__(self, decoder: Decoder, pool: PagePool, *, most_decodes: int) -> None:
         config, shape = decoder.config, pool.shape
         device = pool.tensor.device
         self.decoder = decoder
@@ -38,62 +50,25 @@ class PagedAttention:
         self.dtype = shape.dtype
         self.window_left = -1 if config.sliding_window is None else config.sliding_window - 1
         self.views = [pool.layer_views(layer) for layer in range(config.layers)]
-        self._floats = torch.zeros(_FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
-        self._ints = torch.empty(_INT_WORKSPACE, dtype=torch.uint8, device=device)
-        self._pinned = [torch.empty(_INT_WORKSPACE, dtype=torch.uint8, pin_memory=True) for _ in range(4)]
+        self.decode = DecodeAttention(pool, config.heads, config.sliding_window, decoder.cos, decoder.sin, most_decodes)
         hopper = torch.cuda.get_device_capability(device) == _HOPPER
-        self._prefill_backend = "fa3" if hopper and shape.head_dim in (64, 128, 256) else "fa2"
-        self._eager_decode = self._own(
-            flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._floats, "HND", use_tensor_cores=True)
-        )
-        prefill_floats = torch.zeros(_FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            prefill_floats, "HND", backend=self._prefill_backend
-        )
-        self._prefill_pinned = [self._prefill._pin_memory_int_workspace_buffer, self._pinned[2]]
+        backend = "fa3" if hopper and shape.head_dim in (64, 128, 256) else "fa2"
+        floats = torch.zeros(_FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
+        self._paged: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend=backend)
+        self._fresh: Any = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(floats, "NHD", backend=backend)
+        self._pinned = {
+            id(wrapper): (first, torch.empty_like(first, pin_memory=True))
+            for wrapper in (self._paged, self._fresh)
+            if (first := wrapper._pin_memory_int_workspace_buffer) is not None
+        }
 
-    def _own(self, wrapper: Any) -> Any:
-        wrapper._int_workspace_buffer = self._ints
-        wrapper._pin_memory_int_workspace_buffer = self._pinned[0]
-        return wrapper
+    def plan_paged(self, parity: int, tokens: Tensor, indptr: Tensor, indices: Tensor, last: Tensor) -> Prefill:
+        """Plans a batch of prompt chunks: `tokens` is the prefix sum of their lengths, `indptr` that of their pages.
 
-    def graph_wrapper(self, indptr: Tensor, indices: Tensor, last: Tensor) -> Any:
-        """A decode wrapper for one captured batch size, over these device buffers."""
-        return self._own(
-            flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._floats,
-                "HND",
-                use_cuda_graph=True,
-                use_tensor_cores=True,
-                paged_kv_indptr_buffer=indptr,
-                paged_kv_indices_buffer=indices,
-                paged_kv_last_page_len_buffer=last,
-            )
-        )
-
-    def plan_decode(self, wrapper: Any, parity: int, indptr: Tensor, indices: Tensor, last: Tensor) -> Any:
-        """Plans a batch of decodes: `indptr`, `last` pinned int32, `indices` on the device. Returns the wrapper."""
-        wrapper = self._eager_decode if wrapper is None else wrapper
-        wrapper._pin_memory_int_workspace_buffer = self._pinned[parity]
-        wrapper.plan(
-            indptr,
-            indices,
-            last,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.page_size,
-            window_left=self.window_left,
-            q_data_type=self.dtype,
-            kv_data_type=self.dtype,
-        )
-        return wrapper
-
-    def plan_prefill(self, parity: int, tokens: Tensor, indptr: Tensor, indices: Tensor, last: Tensor) -> Any:
-        """Plans a batch of prompt chunks: `tokens` is the prefix sum of their lengths. Returns the wrapper."""
-        wrapper = self._prefill
-        wrapper._pin_memory_int_workspace_buffer = self._prefill_pinned[parity]
-        wrapper.plan(
+        All int32, `indices` on the device, the others pinned.
+        """
+        self._paged._pin_memory_int_workspace_buffer = self._pinned[id(self._paged)][parity]
+        self._paged.plan(
             tokens,
             indptr,
             indices,
@@ -107,48 +82,67 @@ class PagedAttention:
             q_data_type=self.dtype,
             kv_data_type=self.dtype,
         )
-        return wrapper
+        return Prefill(self._paged, False)
+
+    def plan_fresh(self, parity: int, tokens: Tensor) -> Prefill:
+        """Plans a batch of prompt chunks without a past: `tokens` pinned int32 is the prefix sum of their lengths."""
+        self._fresh._pin_memory_int_workspace_buffer = self._pinned[id(self._fresh)][parity]
+        self._fresh.plan(
+            tokens,
+            tokens,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            causal=True,
+            window_left=self.window_left,
+            q_data_type=self.dtype,
+            kv_data_type=self.dtype,
+        )
+        return Prefill(self._fresh, True)
 
 
+@dataclass(frozen=True, slots=True)
 class StepAttention:
-    """Implements `Attention` for one planned step: `decodes` rows first, then those of prompts."""
+    """Implements `Attention` for one planned step: `decodes` rows first, then those of `prefill`.
 
-    __slots__ = ("_decode", "_decodes", "_pages", "_parts", "_positions", "_prefill")
+    `positions` int32 [tokens]. `indptr` and `table` int32: the pages of the decodes. `pages` int32 [tokens - decodes]:
+    the page that each token of a prompt goes to.
+    """
 
-    def __init__(
-        self, parts: PagedAttention, positions: Tensor, pages: Tensor, decodes: int, decode: Any, prefill: Any
-    ) -> None:
-        self._parts = parts
-        self._positions = positions
-        self._pages = pages
-        self._decodes = decodes
-        self._decode = decode
-        self._prefill = prefill
+    parts: PagedAttention
+    positions: Tensor
+    decodes: int
+    indptr: Tensor
+    table: Tensor
+    pages: Tensor
+    prefill: Prefill | None
 
     def attend(self, layer: int, turning: Tensor, value: Tensor) -> Tensor:
         """See `Attention.attend`."""
-        parts = self._parts
-        rotate_and_store(
-            turning,
-            value,
-            parts.pool.tensor,
-            layer,
-            parts.heads,
-            parts.decoder.cos,
-            parts.decoder.sin,
-            self._positions,
-            self._pages,
-        )
-        query = turning[:, : parts.heads]
-        count, width = query.shape[0], parts.heads * parts.head_dim
-        decodes = self._decodes
-        if self._prefill is None:
-            attended: Tensor = self._decode.run(query, parts.views[layer])
-            return attended.view(count, width)
-        if decodes == 0:
-            attended = self._prefill.run(query, parts.views[layer])
-            return attended.view(count, width)
-        result = torch.empty(count, parts.heads, parts.head_dim, dtype=query.dtype, device=query.device)
-        self._decode.run(query[:decodes], parts.views[layer], out=result[:decodes])
-        self._prefill.run(query[decodes:], parts.views[layer], out=result[decodes:])
-        return result.view(count, width)
+        parts, decodes = self.parts, self.decodes
+        count, heads = turning.shape[0], parts.heads
+        result = torch.empty(count, heads, parts.head_dim, dtype=turning.dtype, device=turning.device)
+        if decodes:
+            parts.decode.attend(
+                layer, turning[:decodes], value[:decodes], self.positions, self.indptr, self.table, result[:decodes]
+            )
+        if self.prefill is not None:
+            turning, value = turning[decodes:], value[decodes:]
+            rotate_and_store(
+                turning,
+                value,
+                parts.pool.tensor,
+                layer,
+                heads,
+                parts.decoder.cos,
+                parts.decoder.sin,
+                self.positions[decodes:],
+                self.pages,
+                self.prefill.fresh,
+            )
+            query, out = turning[:, :heads], result[decodes:]
+            if self.prefill.fresh:
+                self.prefill.wrapper.run(query, turning[:, heads:], value, out=out)
+            else:
+                self.prefill.wrapper.run(query, parts.views[layer], out=out)
+        return result.view(count, heads * parts.head_dim)

@@ -43,7 +43,8 @@ class DecodeAttention:
         self._heads = heads
         self._window = window or 0
         self._cos, self._sin = cos, sin
-        cells = max(rows * shape.kv_heads * self.parts(rows) for rows in (1, 2, 4, 8, 16, 32, 64, 128, most_rows))
+        self._overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        cells = max(rows * self.parts(rows) for rows in range(1, most_rows + 1)) * shape.kv_heads
         group = triton.next_power_of_2(max(16, heads // shape.kv_heads))
         self._sums = torch.empty(cells * group * shape.head_dim, dtype=torch.float32, device=device)
         self._scales = torch.empty(2 * cells * group, dtype=torch.float32, device=device)
@@ -96,17 +97,20 @@ class DecodeAttention:
             COLUMNS=triton.next_power_of_2(shape.head_dim),
             PAGE=shape.page_size,
             WINDOW=self._window,
-            PARTS=parts,
             LEAST_PART=_LEAST_PART,
             BLOCK=_BLOCK,
             STAGES=_STAGES,
+            OVERLAP=self._overlap,
             num_warps=_WARPS,
-            launch_pdl=True,
+            launch_pdl=self._overlap,
         )
 
 
-# Triton reads the function's own source, and takes annotations for values: only constants have one.
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+# Triton reads the function's own source, and takes annotations for values: only constants have one. What changes from
+# call to call is not specialized for: that would compile while requests wait.
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["layer"], do_not_specialize_on_alignment=["positions", "indptr", "pages"]
+)
 def _decode(  # type: ignore[no-untyped-def]
     turning,
     value,
@@ -137,21 +141,23 @@ def _decode(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
-    PARTS: tl.constexpr,
     LEAST_PART: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    gdc_launch_dependents()
+    if OVERLAP:
+        gdc_launch_dependents()
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + row)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(0, position - WINDOW + 1)
-    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, PARTS), BLOCK) * BLOCK, LEAST_PART)
+    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, tl.num_programs(2)), BLOCK) * BLOCK, LEAST_PART)
     count = tl.maximum(1, tl.cdiv(position - first, size))
     if part >= count:
-        gdc_wait()
+        if OVERLAP:
+            gdc_wait()
         return
     table = pages + tl.load(indptr + row)
     heads = tl.arange(0, ROWS)
@@ -167,7 +173,8 @@ def _decode(  # type: ignore[no-untyped-def]
     s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32) * sign
     at = turning + row.to(tl.int64) * turning_row
     # Up to here nothing was read that the kernel before computes.
-    gdc_wait()
+    if OVERLAP:
+        gdc_wait()
     query_at = at + (kv_head * GROUP + heads)[:, None] * turning_head
     query = tl.load(query_at + columns[None, :], mask=known, other=0.0).to(tl.float32) * c[None, :]
     query += tl.load(query_at + partner[None, :], mask=known, other=0.0).to(tl.float32) * s[None, :]
@@ -219,7 +226,7 @@ def _decode(  # type: ignore[no-untyped-def]
     if count == 1:
         tl.store(target, sum_ / total[:, None], mask=known)
         return
-    cell = (row * KV_HEADS + kv_head) * PARTS
+    cell = (row * KV_HEADS + kv_head) * tl.num_programs(2)
     ours = sums + (cell + part).to(tl.int64) * ROWS * COLUMNS
     tl.store(ours + heads[:, None] * COLUMNS + columns[None, :], sum_)
     tl.store(scales + (cell + part) * 2 * ROWS + heads, best)

@@ -114,14 +114,15 @@ class TorchExecutor:
             parts.append(part.tokens)
         attention = _PagedAttention(self._pool, slices, self._decoder)
         tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._device)
-        hidden = self._decoder.forward(tokens, attention)
         ends = np.cumsum([part.length for part in slices]) - 1
         sampled = [i for i, part in enumerate(slices) if part.sample]
         rows = [(slices[i].sequence, slices[i].output_index) for i in sampled]
+        # Where every token is sampled, which is a step of decodes, there is nothing to choose.
+        chosen = None if len(rows) == len(tokens) else torch.from_numpy(ends[sampled]).to(self._device)
+        hidden = self._decoder.forward(tokens, attention, chosen)
         if not rows:
             return hidden, rows
-        last = torch.from_numpy(ends[sampled]).to(self._device)
-        return self._decoder.logits(hidden[last]).float().cpu(), rows
+        return self._decoder.logits(hidden).float().cpu(), rows
 
 
 class _PagedAttention:

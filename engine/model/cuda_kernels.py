@@ -8,21 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import flashinfer
+import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
+
+from microserve.engine.model import cuda_skinny as skinny
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+_LINEAR = skinny.Tiling(16, 256)
+_GATED = skinny.Tiling(16, 256)
+_ADDED = skinny.Tiling(16, 256, parts=2)
+
+
 class CudaKernels:
-    """Implements `Kernels`."""
+    """Implements `Kernels`: cuBLAS and FlashInfer, but kernels of our own for the few rows of small decode steps."""
+
+    def __init__(self) -> None:
+        self._overlap = torch.cuda.get_device_capability() >= (9, 0)
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] <= skinny.MOST_ROWS and self._overlap and skinny.fits(weight, _LINEAR):
+            return skinny.linear(x, weight, bias, _LINEAR)
         return functional.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,12 +43,19 @@ class CudaKernels:
         normed: Tensor = flashinfer.norm.rmsnorm(flat, weight, eps)
         return normed.view(x.shape)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        flashinfer.norm.fused_add_rmsnorm(x, residual, weight, eps)
-        return x, residual
+    def linear_add_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if x.shape[0] <= skinny.MOST_ROWS and self._overlap and bias is None and skinny.fits(weight, _ADDED):
+            return skinny.linear_add_norm(x, weight, residual, norm, eps, _ADDED)
+        added = functional.linear(x, weight, bias)
+        flashinfer.norm.fused_add_rmsnorm(added, residual, norm, eps)
+        return added, residual
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        product: Tensor = flashinfer.activation.silu_and_mul(gate_up)
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] <= skinny.MOST_ROWS and self._overlap and bias is None and skinny.fits(weight, _GATED, gated=True):
+            return skinny.gated(x, weight, _GATED)
+        product: Tensor = flashinfer.activation.silu_and_mul(functional.linear(x, weight, bias))
         return product
 
 
@@ -49,8 +69,10 @@ def rotate_and_store(
     sin: Tensor,
     positions: Tensor,
     pages: Tensor,
+    keep_keys: bool,
 ) -> None:
-    """Rotates queries and keys in place, and stores keys and values in their pages: one launch.
+    """Rotates queries in place, and stores rotated keys, and values, in their pages: one launch. With `keep_keys`,
+    keys are rotated in place too.
 
     `turning` [tokens, heads + kv_heads, head_dim]; `value` [tokens, kv_heads, head_dim]; `pool` is
     [page, kv_head, layer, 2, page_size, head_dim]; `cos`, `sin` [max_context, 1, head_dim]; `positions` and `pages`,
@@ -79,6 +101,7 @@ def rotate_and_store(
         heads,
         kv_heads,
         page_size,
+        KEEP_KEYS=keep_keys,
         HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
         ROWS=8,
@@ -87,7 +110,10 @@ def rotate_and_store(
 
 
 # Triton reads the function's own source, and takes annotations for values: only constants have one.
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+# What changes from call to call is not specialized for: that would compile while requests wait.
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["layer"], do_not_specialize_on_alignment=["positions", "pages"]
+)
 def _rotate_and_store(  # type: ignore[no-untyped-def]
     turning,
     value,
@@ -108,6 +134,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     heads,
     kv_heads,
     page_size,
+    KEEP_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
@@ -127,9 +154,11 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     right = tl.load(at + HEAD_DIM // 2, mask=mask, other=0.0).to(tl.float32)
     new_left = left * c - right * s
     new_right = right * c + left * s
-    queries = mask & (rows < heads)[:, None]
-    tl.store(at, new_left, mask=queries)
-    tl.store(at + HEAD_DIM // 2, new_right, mask=queries)
+    kept = mask
+    if not KEEP_KEYS:
+        kept = mask & (rows < heads)[:, None]
+    tl.store(at, new_left, mask=kept)
+    tl.store(at + HEAD_DIM // 2, new_right, mask=kept)
     keys = mask & (rows >= heads)[:, None]
     head = rows - heads
     offset = position % page_size

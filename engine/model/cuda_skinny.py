@@ -102,7 +102,7 @@ def _launch(
 
 
 # Triton reads the functions' own source, and takes annotations for values: only constants have one.
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["x_rows"])  # type: ignore[untyped-decorator, unused-ignore]
 def _product(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -155,7 +155,7 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(target, sum_, mask=wanted)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator, unused-ignore]
 def _add_norm(  # type: ignore[no-untyped-def]
     parts,
     residual,
