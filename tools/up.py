@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bind", metavar="ENDPOINT", help="where the router's bus listens (default: tcp://127.0.0.1:7700)"
     )
-    parser.add_argument("--executor", metavar="NAME", help="what engines compute with: auto, torch or fake")
+    parser.add_argument("--executor", metavar="NAME", help="what engines compute with: auto, cuda, torch or fake")
     parser.add_argument("--threads", metavar="N", help="CPU threads of each engine (default: this machine's, shared)")
     parser.add_argument("--strategy", metavar="NAME", help="the router's strategy (default: data_parallel)")
     parser.add_argument(
