@@ -83,6 +83,10 @@ def test_a_range_has_one_writer_ever() -> None:
     with pytest.raises(Conflict):
         leases.claim(lease.id, 8, 13, ("b", 1), 0.0)
     leases.claim(lease.id, 0, 4, ("b", 1), 0.0)
+    done = leases.claim(lease.id, 12, 13, ("a", 1), 0.0)
+    leases.claim_ended(done, "", 0.0)  # what it wrote has not been notified yet
+    with pytest.raises(Conflict):
+        leases.claim(lease.id, 12, 13, ("b", 1), 0.0)
 
 
 @pytest.mark.parametrize(("begin", "end"), [(1, 8), (0, 7), (0, 14), (0, 0), (8, 4), (-4, 4), (12, 16)])
