@@ -111,7 +111,6 @@ def test_one_engine_killed_and_one_added_under_load() -> None:
             await recorder.wait(lambda: done() >= 3 * IN_FLIGHT)
             assert served_by("e0", 0) > 0
             assert served_by("e1", 0) > 0
-            on_killed = set(recorder.open)
             cluster.engines[0].kill()
             # Once the router has seen it, nothing new goes there.
             await asyncio.to_thread(
@@ -133,7 +132,6 @@ def test_one_engine_killed_and_one_added_under_load() -> None:
         assert all(isinstance(error, PeerError | Unavailable) and error.message for error in failed.values()), failed
         assert len(failed) <= 2 * IN_FLIGHT
         assert [id for id in failed if id >= after_kill] == []
-        assert on_killed & set(failed)
         for id in recorder.terminals:
             if id not in failed:
                 assert len(recorder.tokens[id]) == TOKENS
