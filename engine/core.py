@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from microserve.runtime.clock import Clock
     from microserve.runtime.settings import EngineConfig
 
+_DEEP_CHECK = 20_000
+"""Pages of a pool up to which `Stats` looks at every one; of a larger pool it compares counts, as no step may wait."""
+
 _log = get_logger(__name__)
 
 
@@ -215,9 +218,10 @@ class EngineCore:
         values |= {f"cache_{name}": float(value) for name, value in asdict(self.cache.statistics()).items()}
         if self.transfers is not None:
             values |= self.transfers.statistics()
+        deep = self.cache.total_pages <= _DEEP_CHECK
         try:
-            self.scheduler.check_integrity()
-            self.receiving.check_integrity()
+            self.scheduler.check_integrity(deep=deep)
+            self.receiving.check_integrity(deep=deep)
         except IntegrityError as error:
             _log.error("integrity is broken", error=error)
             return StatsReply(values=values, integrity=str(error))

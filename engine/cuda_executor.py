@@ -1,4 +1,4 @@
-"""The executor of NVIDIA GPUs: FlashInfer attention, CUDA graphs for decodes, two steps in flight.
+"""The executor of NVIDIA GPUs: paged attention, CUDA graphs for decodes, two steps in flight.
 
 `launch` enqueues a step and returns; `collect` waits for the oldest. A token that is sampled stays on the GPU, in its
 sequence's slot, where the next step finds it. A step of decodes alone replays a graph of the next larger captured batch
@@ -43,11 +43,9 @@ _log = get_logger(__name__)
 
 @dataclass(slots=True)
 class _Graph:
-    """A captured decode step of `size` rows, its planned attention, and where its logits come out."""
+    """A captured decode step, and where its logits come out."""
 
-    size: int
     graph: torch.cuda.CUDAGraph
-    wrapper: Any
     logits: Tensor
 
 
@@ -89,7 +87,7 @@ class CudaExecutor:
         self._pool = pool
         self._model = model
         self._device = device
-        self._attention = PagedAttention(decoder, pool)
+        self._attention = PagedAttention(decoder, pool, most_decodes=max_running)
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
         self._drawing: dict[int, SequenceStart] = {}
@@ -153,7 +151,10 @@ class CudaExecutor:
                 self._start(start)
             self._parity ^= 1
             arrays = step_arrays(plan.slices, self._slots, self._pool.shape.page_size)
-            if len(arrays.prefill_last) == 0 and 0 < arrays.decodes <= self._sizes[-1]:
+            # A token of a prompt may stand alone, and is not always sampled: a graph is for rows that all are.
+            if not plan.slices:
+                logits = tokens = self._graph_tokens[:0]
+            elif len(arrays.source) == arrays.decodes == len(arrays.samples) <= self._sizes[-1]:
                 logits, tokens = self._decode(arrays)
             else:
                 logits, tokens = self._mixed(arrays)
@@ -203,58 +204,40 @@ class CudaExecutor:
 
     def _make_graph_buffers(self, most: int) -> None:
         """Where graphs read from: fixed places of one buffer, filled by one copy. The pages come behind."""
-        device = self._device
-        names = ("source", "positions", "pages", "slots", "indptr", "last")
-        self._places = {name: (index * (most + 8), most + 8) for index, name in enumerate(names)}
+        names = ("source", "positions", "slots", "indptr")
+        self._places = {name: index * (most + 8) for index, name in enumerate(names)}
         self._pages_place = len(names) * (most + 8)
-        self._graph_inputs = torch.zeros(
-            self._pages_place + 2 * self._pool.total_pages + most * 8, dtype=torch.int32, device=device
-        )
-        self._graph_staging = [
-            torch.zeros(self._graph_inputs.numel(), dtype=torch.int32, pin_memory=True) for _ in range(2)
-        ]
+        length = self._pages_place + 2 * self._pool.total_pages + most * 8
+        self._graph_inputs = torch.zeros(length, dtype=torch.int32, device=self._device)
+        self._graph_staging = [torch.zeros(length, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._graph_arrays = [each.numpy() for each in self._graph_staging]
-        self._plan_indptr = torch.zeros(most + 1, dtype=torch.int32, device=device)
-        self._plan_last = torch.ones(most, dtype=torch.int32, device=device)
-        self._plan_pages = torch.zeros(self._graph_inputs.numel() - self._pages_place, dtype=torch.int32, device=device)
-        self._graph_tokens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._graph_tokens = torch.zeros(most, dtype=torch.int32, device=self._device)
 
     def _input(self, name: str, size: int) -> Tensor:
-        place, _ = self._places[name]
+        place = self._places[name]
         return self._graph_inputs[place : place + size]
 
     def _fill(self, arrays: StepArrays, size: int) -> None:
-        """Writes the inputs of a graph of `size` rows, and plans its attention."""
-        parity, staging = self._parity, self._graph_arrays[self._parity]
+        """Writes the inputs of a graph of `size` rows."""
+        staging, places = self._graph_arrays[self._parity], self._places
         count, used = arrays.decodes, len(arrays.decode_pages)
         padding = size - count
         for name, values, pad in (
             ("source", arrays.source, 0),
             ("positions", arrays.positions, 0),
-            ("pages", arrays.pages, self._pad_page),
             ("slots", arrays.sampled_slots, self._slot_count - 1),
-            ("last", arrays.decode_last, 1),
         ):
-            place, _ = self._places[name]
+            place = places[name]
             staging[place : place + count] = values
             staging[place + count : place + size] = pad
-        place, _ = self._places["indptr"]
+        place = places["indptr"]
         staging[place : place + count + 1] = arrays.decode_indptr
         staging[place + count + 1 : place + size + 1] = used + np.arange(1, padding + 1, dtype=np.int32)
         behind = self._pages_place
         staging[behind : behind + used] = arrays.decode_pages
         staging[behind + used : behind + used + padding] = self._pad_page
         length = behind + used + padding
-        pinned = self._graph_staging[parity]
-        self._graph_inputs[:length].copy_(pinned[:length], non_blocking=True)
-        last_place, _ = self._places["last"]
-        self._attention.plan_decode(
-            self._graphs[size].wrapper if size in self._graphs else self._capturing,
-            parity,
-            pinned[place : place + size + 1],
-            self._graph_inputs[behind:length],
-            pinned[last_place : last_place + size],
-        )
+        self._graph_inputs[:length].copy_(self._graph_staging[self._parity][:length], non_blocking=True)
 
     def _decode(self, arrays: StepArrays) -> tuple[Tensor, Tensor]:
         size = next(size for size in self._sizes if size >= arrays.decodes)
@@ -266,7 +249,13 @@ class CudaExecutor:
     def _graph_step(self, size: int) -> Tensor:
         """What a graph of `size` rows does; its logits."""
         attention = StepAttention(
-            self._attention, self._input("positions", size), self._input("pages", size), size, self._capturing, None
+            parts=self._attention,
+            positions=self._input("positions", size),
+            decodes=size,
+            indptr=self._input("indptr", size),
+            table=self._graph_inputs[self._pages_place :],
+            pages=self._graph_inputs[:0],
+            prefill=None,
         )
         hidden = self._decoder.forward(self._ids(self._input("source", size)), attention)
         logits = self._decoder.logits(hidden)
@@ -286,19 +275,15 @@ class CudaExecutor:
         sizes = sorted(self._sizes, reverse=True)
         with torch.cuda.stream(self._stream):
             for done, size in enumerate(sizes):
-                self._capturing = self._attention.graph_wrapper(
-                    self._plan_indptr[: size + 1], self._plan_pages, self._plan_last[:size]
-                )
                 self._fill(_pads(size, self._pad_page, self._slot_count - 1), size)
-                if done == 0:
-                    for _ in range(2):
-                        self._graph_step(size)
+                # Once without a graph: whatever must be compiled or loaded cannot be while capturing.
+                self._graph_step(size)
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=memory, stream=self._stream):
                     logits = self._graph_step(size)
                 memory = graph.pool()
-                self._graphs[size] = _Graph(size, graph, self._capturing, logits)
+                self._graphs[size] = _Graph(graph, logits)
                 if progress is not None:
                     progress(done + 1, len(sizes))
         torch.cuda.synchronize(self._device)
@@ -310,30 +295,26 @@ class CudaExecutor:
             arrays.source,
             arrays.positions,
             arrays.pages,
+            arrays.decode_indptr,
             arrays.decode_pages,
-            arrays.prefill_pages,
             arrays.sampled_rows,
             arrays.sampled_slots,
+            arrays.prefill_pages,
         )
-        source, positions, pages, decode_pages, prefill_pages, rows, slots = staged
-        decode = prefill = None
-        if arrays.decodes:
-            decode = self._attention.plan_decode(
-                None, self._parity, _pinned(arrays.decode_indptr), decode_pages, _pinned(arrays.decode_last)
-            )
+        source, positions, pages, indptr, table, rows, slots, prefill_pages = staged
+        prefill = None
         if len(arrays.prefill_last):
-            prefill = self._attention.plan_prefill(
-                self._parity,
-                _pinned(arrays.prefill_tokens),
-                _pinned(arrays.prefill_indptr),
-                prefill_pages,
-                _pinned(arrays.prefill_last),
-            )
-        attention = StepAttention(self._attention, positions, pages, arrays.decodes, decode, prefill)
-        hidden = self._decoder.forward(self._ids(source), attention)
+            tokens = _pinned(arrays.prefill_tokens)
+            if arrays.fresh:
+                prefill = self._attention.plan_fresh(self._parity, tokens)
+            else:
+                lengths, last = _pinned(arrays.prefill_indptr), _pinned(arrays.prefill_last)
+                prefill = self._attention.plan_paged(self._parity, tokens, lengths, prefill_pages, last)
+        attention = StepAttention(self._attention, positions, arrays.decodes, indptr, table, pages, prefill)
+        hidden = self._decoder.forward(self._ids(source), attention, rows.long())
         if not len(arrays.sampled_rows):
-            return hidden[:0], self._graph_tokens[:0]
-        logits = self._decoder.logits(hidden[rows])
+            return hidden, self._graph_tokens[:0]
+        logits = self._decoder.logits(hidden)
         best, ids = greedy(logits)
         self._last.index_copy_(0, slots.long(), ids)
         return logits, torch.where(torch.isfinite(best), ids, -1).int()
@@ -404,19 +385,18 @@ class CudaExecutor:
 def _pads(size: int, page: int, slot: int) -> StepArrays:
     """A step of rows that only pad."""
     empty, zeros = np.empty(0, dtype=np.int32), np.zeros(size, dtype=np.int32)
-    pages = np.full(size, page, dtype=np.int32)
     return StepArrays(
         source=zeros,
         positions=zeros,
-        pages=pages,
+        pages=empty,
         decodes=size,
         decode_indptr=np.arange(size + 1, dtype=np.int32),
-        decode_last=np.ones(size, dtype=np.int32),
-        decode_pages=pages,
+        decode_pages=np.full(size, page, dtype=np.int32),
         prefill_tokens=empty,
         prefill_indptr=empty,
         prefill_last=empty,
         prefill_pages=empty,
+        fresh=True,
         sampled_rows=zeros,
         sampled_slots=np.full(size, slot, dtype=np.int32),
         samples=[],

@@ -25,11 +25,12 @@ class StepArrays:
     """The arrays of one step. All int32.
 
     `source` [tokens]: a token id, or -1 - slot where the token is the one that the previous step sampled into that
-    slot. `positions`, `pages` [tokens]: where each token stands, and the page that its KV goes to.
-    `decode_indptr` [decodes + 1], `decode_last` [decodes], `decode_pages`: the paged KV of the decodes, as FlashInfer
-    takes them; `prefill_*` likewise, with `prefill_tokens` [prefills + 1] as the prefix sum of their lengths.
-    `sampled_rows` [samples]: the token rows whose logits are sampled, and `sampled_slots` where their tokens go, in
-    the order of the plan's slices.
+    slot. `positions` [tokens]: where each token stands. `decode_pages[decode_indptr[i] : decode_indptr[i + 1]]`: the
+    pages of decode i, with the one that its token goes to. `pages` [tokens - decodes]: the page that each token of a
+    prompt goes to. `prefill_tokens` [prefills + 1]: the prefix sum of their lengths; `prefill_indptr`, `prefill_pages`,
+    `prefill_last`: their pages, and the tokens in the last of them, as FlashInfer takes them. `sampled_rows` [samples]:
+    the token rows whose logits are sampled, and `sampled_slots` where their tokens go, in the order of the plan's
+    slices.
     """
 
     source: IntArray
@@ -37,12 +38,13 @@ class StepArrays:
     pages: IntArray
     decodes: int
     decode_indptr: IntArray
-    decode_last: IntArray
     decode_pages: IntArray
     prefill_tokens: IntArray
     prefill_indptr: IntArray
     prefill_last: IntArray
     prefill_pages: IntArray
+    fresh: bool
+    """Whether every prompt's slice begins at its first token."""
     sampled_rows: IntArray
     sampled_slots: IntArray
     samples: list[tuple[int, int]]
@@ -66,7 +68,8 @@ def step_arrays(slices: Sequence[Slice], slots: Mapping[int, int], page_size: in
     ends = np.cumsum(used, dtype=np.int32)
     rows = dict(zip((id(part) for part in decodes), range(count), strict=True))
 
-    sources, positions, pages = [source], [starts], [decode_pages[ends - 1] if count else decode_pages]
+    empty = np.empty(0, dtype=np.int32)
+    sources, positions, pages = [source], [starts], [empty]
     lengths, prefill_used, prefill_tables, prefill_last = [], [], [], []
     row = count
     for part in prefills:
@@ -92,12 +95,12 @@ def step_arrays(slices: Sequence[Slice], slots: Mapping[int, int], page_size: in
         pages=np.concatenate(pages).astype(np.int32, copy=False),
         decodes=count,
         decode_indptr=np.concatenate(([0], ends)).astype(np.int32),
-        decode_last=(starts % page_size + 1).astype(np.int32),
         decode_pages=decode_pages,
         prefill_tokens=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
         prefill_indptr=np.concatenate(([0], np.cumsum(prefill_used))).astype(np.int32),
         prefill_last=np.array(prefill_last, dtype=np.int32),
-        prefill_pages=np.concatenate([np.empty(0, dtype=np.int32), *prefill_tables]),
+        prefill_pages=np.concatenate([empty, *prefill_tables]),
+        fresh=all(part.start == 0 for part in prefills),
         sampled_rows=np.array([rows[id(part)] for part in sampled], dtype=np.int32),
         sampled_slots=np.array([slots[part.sequence] for part in sampled], dtype=np.int32),
         samples=[(part.sequence, part.output_index) for part in sampled],

@@ -27,31 +27,22 @@ def worst_step_bytes(
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():
         pool = PagePool(pages + 1, shape, device=device)
-        attention = PagedAttention(decoder, pool)
-        indices = torch.arange(pages, dtype=torch.int32, device=device)
-        prefill = attention.plan_prefill(
-            0,
-            torch.tensor([0, tokens], dtype=torch.int32),
-            torch.tensor([0, pages], dtype=torch.int32),
-            indices,
-            torch.tensor([(tokens - 1) % shape.page_size + 1], dtype=torch.int32),
-        )
+        attention = PagedAttention(decoder, pool, most_decodes=max_running)
+        table = torch.arange(pages, dtype=torch.int32, device=device)
+        lengths, ends = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([0, pages], dtype=torch.int32)
+        last = torch.tensor([(tokens - 1) % shape.page_size + 1], dtype=torch.int32)
         positions = np.arange(tokens, dtype=np.int32)
-        step = StepAttention(
-            attention,
-            torch.from_numpy(positions).to(device),
-            torch.from_numpy(positions // shape.page_size).to(device),
-            0,
-            None,
-            prefill,
-        )
-        hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
-        logits = decoder.logits(hidden[: min(tokens, max_running)])
-        torch.softmax(logits.float(), dim=-1).sort(dim=-1, descending=True)
+        places = torch.from_numpy(positions).to(device)
+        targets = torch.from_numpy(positions // shape.page_size).to(device)
+        for prefill in (attention.plan_fresh(0, lengths), attention.plan_paged(0, lengths, ends, table, last)):
+            step = StepAttention(attention, places, 0, table, table, targets, prefill)
+            hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
+            logits = decoder.logits(hidden[: min(tokens, max_running)])
+            torch.softmax(logits.float(), dim=-1).sort(dim=-1, descending=True)
         torch.cuda.synchronize(device)
     # The pool and the workspaces are among it: the real ones take their place.
     peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes
-    del pool, attention, prefill, step, hidden, logits, indices
+    del pool, attention, prefill, step, hidden, logits, table, places, targets
     gc.collect()
     torch.cuda.empty_cache()
     return peak

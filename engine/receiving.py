@@ -364,9 +364,9 @@ class Receiving:
         values = {f"lease_{name}": value for name, value in self.leases.statistics().items()}
         return values | {"lease_preparing": float(len(self._preparing)), "lease_waiting": float(len(self._waiting))}
 
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` when leases and page states disagree."""
-        self.leases.check_integrity()
+    def check_integrity(self, *, deep: bool = True) -> None:
+        """Raises `IntegrityError` when leases and page states disagree. Not `deep`: compares counts alone."""
+        self.leases.check_integrity(deep=deep)
 
     # --- inner -------------------------------------------------------------------------------------------------------
 

@@ -437,11 +437,11 @@ class Scheduler:
         values["scheduler_in_flight"] = float(len(self._flights))
         return values
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, *, deep: bool = True) -> None:
         """Raises `IntegrityError` when a page has two owners or none, or a request is not where its state says."""
         self._roster.check_integrity()
-        self._holdings.check_integrity()
-        for request in self._roster.live.values():
+        self._holdings.check_integrity(deep=deep)
+        for request in self._roster.live.values() if deep else ():
             named = sum(request in [*flight.decoding, *flight.prefilling] for flight in self._flights)
             if named != request.in_flight:
                 raise IntegrityError(f"request {request.id}: {named} steps name it, and it counts {request.in_flight}")

@@ -19,62 +19,11 @@ import numpy.typing as npt
 
 from microserve.kv.eviction import LeafQueue
 from microserve.kv.pages import EMPTY, IntegrityError, PageAllocator, PageArray, PageState
-from microserve.kv.radix import PAGE_ID_BYTES, TOKEN_BYTES, Node, RadixTree, TokenArray
+from microserve.kv.prefix import CacheStatistics, Match, PrefixInfo, PrefixLock
+from microserve.kv.radix import PAGE_ID_BYTES, TOKEN_BYTES, Node, RadixTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What the tree holds of a prompt: `length` tokens (whole pages) in `pages`, int32."""
-
-    length: int
-    pages: PageArray
-
-
-class PrefixLock:
-    """The right to read the pages of a prefix until it is released. `pages` int32 cover `length` tokens."""
-
-    __slots__ = ("held", "length", "node", "pages")
-
-    def __init__(self, node: Node, length: int, pages: PageArray) -> None:
-        self.node = node
-        self.length = length
-        self.pages = pages
-        self.held = True
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixInfo:
-    """One prefix of the tree, from the root to the end of an edge, for people to look at."""
-
-    tokens: TokenArray
-    pages: int
-    """Pages from the root to its end."""
-    references: int
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStatistics:
-    """Pages by state (they add up to `total`), and what was counted since the start."""
-
-    total: int
-    free: int
-    owned: int
-    cached: int
-    leased: int
-    quarantined: int
-    evictable: int
-    pinned: int
-    """Pages under pins (a page under two pins counts twice)."""
-    nodes: int
-    locks: int
-    lookup_tokens: int
-    hit_tokens: int
-    evicted_pages: int
-    inserted_pages: int
 
 
 @dataclass(slots=True)
@@ -337,22 +286,31 @@ class KvCache:
             infos.append(PrefixInfo(tokens, pages, leaf.locks, any(id(node) in pinned for node in path)))
         return infos
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, *, deep: bool = True) -> None:
         """Proves that every page is in exactly one place. Raises `IntegrityError` that says what is wrong.
 
-        Walks the whole tree: for tests and for `Stats`, not for every step.
+        Walks the whole tree: for tests and for `Stats`, not for every step. Not `deep`: compares counts alone, in a
+        time that does not grow with the pool.
         """
-        self.allocator.check_integrity()
+        self.allocator.check_integrity(deep=deep)
+        cached = self.allocator.count(PageState.CACHED)
+        if self._tree.page_count != cached:
+            raise IntegrityError(f"{self._tree.page_count} pages in the tree, {cached} counted")
+        if not 0 <= self._evictable <= cached:
+            raise IntegrityError(f"{self._evictable} pages are counted as evictable, of {cached}")
+        limbo = sum(len(what) for _, what in self._limbo if not isinstance(what, PrefixLock))
+        if limbo > self.allocator.count(PageState.OWNED):
+            raise IntegrityError(f"{limbo} pages wait for a step, more than the OWNED ones")
+        if deep:
+            self._check_tree()
+
+    def _check_tree(self) -> None:
         self._tree.check_integrity()
-        parts = [node.page_ids for node in self._tree.nodes()]
-        cached = np.frombuffer(b"".join(parts), dtype=np.int32)
+        cached = np.frombuffer(b"".join([node.page_ids for node in self._tree.nodes()]), dtype=np.int32)
         if len(np.unique(cached)) != len(cached):
             raise IntegrityError("a page is in the tree twice")
-        if len(cached) != self.allocator.count(PageState.CACHED):
-            raise IntegrityError(f"{len(cached)} pages in the tree, {self.allocator.count(PageState.CACHED)} counted")
-        wrong = [int(page) for page in cached if self.allocator.state_of(int(page)) is not PageState.CACHED]
-        if wrong:
-            raise IntegrityError(f"pages in the tree that are not CACHED: {wrong[:8]}")
+        if len(wrong := self.allocator.astray(cached, PageState.CACHED)):
+            raise IntegrityError(f"pages in the tree that are not CACHED: {wrong[:8].tolist()}")
         evictable = sum(node.page_count for node in self._tree.nodes() if not node.locks)
         if evictable != self._evictable:
             raise IntegrityError(f"{evictable} pages are evictable, counted as {self._evictable}")
@@ -361,9 +319,6 @@ class KvCache:
         top = sum(node.locks for node in (self._tree.root.children or {}).values())
         if top > self._locks:
             raise IntegrityError(f"{top} locks reach the tree, {self._locks} are held")
-        limbo = sum(len(what) for _, what in self._limbo if not isinstance(what, PrefixLock))
-        if limbo > self.allocator.count(PageState.OWNED):
-            raise IntegrityError(f"{limbo} pages wait for a step, more than the OWNED ones")
 
     # --- inner ------------------------------------------------------------------------------------------------------
 

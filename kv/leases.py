@@ -16,130 +16,23 @@ Pure: page numbers, token ids and `now` (monotonic seconds) as an argument; call
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from microserve.kv.lease import Claim, Lease, Sender
 from microserve.kv.pages import EMPTY, IntegrityError, PageArray, PageState
-from microserve.runtime.errors import Conflict, InvalidRequest, LeaseNotFound
+from microserve.runtime.errors import Conflict, LeaseNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microserve.kv.cache import KvCache, PrefixLock
+    from microserve.kv.cache import KvCache
+    from microserve.kv.prefix import PrefixLock
     from microserve.kv.radix import TokenArray
 
 DEGRADED_AFTER = 60.0
 """Seconds of quarantine after which the engine says that it is degraded."""
-
-_REMEMBERED_CLAIMS = 4096
-"""Claims that ended and are remembered, so that a message that comes twice is known."""
-
-Sender = tuple[str, int]
-"""Engine id and epoch."""
-
-
-@dataclass(eq=False, slots=True)
-class _Claim:
-    """A sender's right to write pages `[first, last)` of a lease."""
-
-    id: int
-    sender: Sender
-    first: int
-    last: int
-    open: bool = True
-    quarantined: PageArray = field(default_factory=lambda: EMPTY)
-    quarantined_at: float = 0.0
-
-
-class Lease:
-    """One prepared receive. Changed by its table alone."""
-
-    __slots__ = (
-        "_awaited",
-        "_claims",
-        "_page_size",
-        "_there",
-        "attached",
-        "dies",
-        "end",
-        "expires",
-        "id",
-        "lock",
-        "matched",
-        "owner",
-        "pages",
-        "reserve",
-        "tokens",
-    )
-
-    def __init__(
-        self,
-        id: int,
-        tokens: TokenArray,
-        end: int,
-        lock: PrefixLock,
-        pages: PageArray,
-        reserve: PageArray,
-        page_size: int,
-        owner: object,
-    ) -> None:
-        self.id = id
-        self.tokens = tokens
-        """int32 [n]: the whole prompt."""
-        self.matched = lock.length
-        """Tokens that the prefix tree held; a multiple of the page size, and perhaps more than `end`."""
-        self.end = end
-        self.lock = lock
-        """Over the `matched` tokens."""
-        self.pages = pages
-        """int32: the pages that await `[matched, end)`, in order of position."""
-        self.reserve = reserve
-        """int32: further pages, for the rest of the prompt and for output."""
-        self.owner = owner
-        """Whose session it belongs to."""
-        self.attached: object | None = None
-        """Who waits for its KV."""
-        self.expires = self.dies = 0.0
-        self._page_size = page_size
-        self._claims: list[_Claim] = []
-        self._there = np.zeros(len(pages), dtype=bool)
-        self._awaited = np.ones(len(pages), dtype=bool)
-        """Pages that may still come: not there, and neither forgone nor failed."""
-
-    @property
-    def received(self) -> int:
-        """The position up to which KV is there without a gap."""
-        if not len(self.pages):
-            return self.matched
-        missing = np.flatnonzero(~self._there)
-        if not len(missing):
-            return self.end
-        return self.matched + int(missing[0]) * self._page_size
-
-    @property
-    def arrived_tokens(self) -> int:
-        """Tokens of `[matched, end)` whose KV came from others, gaps or not."""
-        pages = int(self._there.sum())
-        if pages and self._there[-1]:
-            return (pages - 1) * self._page_size + self._last_page_tokens
-        return pages * self._page_size
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something is missing that may still come."""
-        return bool(self._awaited.any())
-
-    @property
-    def claimed(self) -> bool:
-        """Whether a claim is open."""
-        return any(claim.open for claim in self._claims)
-
-    @property
-    def _last_page_tokens(self) -> int:
-        return (self.end - self.matched - 1) % self._page_size + 1
 
 
 class LeaseTable:
@@ -161,10 +54,9 @@ class LeaseTable:
         self._life = life
         self._draw_id = draw_id
         self._leases: dict[int, Lease] = {}
-        self._claims: dict[int, tuple[_Claim, Lease]] = {}
+        self._claims: dict[int, tuple[Claim, Lease]] = {}
         """Open claims by id, those of closed leases included."""
         self._next_claim = 1
-        self._ended: deque[int] = deque(maxlen=_REMEMBERED_CLAIMS)
         self._deadlines: list[tuple[float, int]] = []
         self._counts = dict.fromkeys(
             ("opened", "consumed", "committed", "closed", "expired", "claims", "arrived_pages", "stray_arrivals"), 0
@@ -234,7 +126,7 @@ class LeaseTable:
 
         No claim may be open on a page that has not arrived: a writer may still write it. Raises `IntegrityError`.
         """
-        if len(self._unsafe(lease)):
+        if len(lease.unsafe()):
             raise IntegrityError(f"lease {lease.id} is consumed while a sender may write its pages")
         self._forget(lease)
         pages = np.concatenate((lease.pages, lease.reserve))
@@ -277,15 +169,15 @@ class LeaseTable:
         `Conflict` when part of the range was claimed before, or given up.
         """
         lease = self.get(lease_id)
-        first, last = self._pages_of(lease, begin, end)
-        for other in lease._claims:
-            if first < other.last and other.first < last:
+        first, last = lease.span(begin, end)
+        for other in lease.claims:
+            if other.overlaps(first, last):
                 raise Conflict(f"part of [{begin}, {end}) of lease {lease_id} has a writer already", param="begin")
-        if not lease._awaited[first:last].all():
+        if not lease.awaited[first:last].all():
             raise Conflict(f"part of [{begin}, {end}) of lease {lease_id} is not awaited any more", param="begin")
-        claim = _Claim(self._next_claim, sender, first, last)
+        claim = Claim(self._next_claim, sender, first, last)
         self._next_claim += 1
-        lease._claims.append(claim)
+        lease.claims.append(claim)
         self._claims[claim.id] = (claim, lease)
         self._renew(lease, now)
         self._counts["claims"] += 1
@@ -294,12 +186,12 @@ class LeaseTable:
     def arrived(self, lease_id: int, claim_id: int, first: int, count: int, now: float) -> Lease | None:
         """Our transport says that pages `[first, first + count)` of the lease were written. None: nobody waits."""
         lease = self._leases.get(lease_id)
-        claim = next((each for each in lease._claims if each.id == claim_id), None) if lease is not None else None
+        claim = next((each for each in lease.claims if each.id == claim_id), None) if lease is not None else None
         if lease is None or claim is None or not claim.first <= first < first + count <= claim.last:
             self._counts["stray_arrivals"] += 1
             return None
-        lease._there[first : first + count] = True
-        lease._awaited[first : first + count] = False
+        lease.there[first : first + count] = True
+        lease.awaited[first : first + count] = False
         self._counts["arrived_pages"] += count
         self._renew(lease, now)
         return lease
@@ -314,19 +206,18 @@ class LeaseTable:
             return None
         claim, lease = entry
         claim.open = False
-        self._ended.append(claim_id)
         if len(claim.quarantined):
             self._cache.convert(claim.quarantined, PageState.QUARANTINED, PageState.FREE)
             claim.quarantined = EMPTY
         if self._leases.get(lease.id) is not lease:
             return None
         if error:
-            lease._awaited[claim.first : claim.last] = False
+            lease.awaited[claim.first : claim.last] = False
         self._renew(lease, now)
         return lease
 
     def forgo(self, lease_id: int, begin: int, end: int, now: float) -> str:
-        """Nothing more comes for `[begin, end)`. "freed", "quarantined" when a claim on it is open, or "unknown".
+        """Nothing more comes for `[begin, end)`: "freed", "quarantined" (a sender may still write in it), or "unknown".
 
         Raises `InvalidRequest` for a range that is not the lease's.
         """
@@ -335,11 +226,10 @@ class LeaseTable:
             return "unknown"
         if begin == end:
             return "freed"
-        first, last = self._pages_of(lease, begin, end)
-        lease._awaited[first:last] = False
+        first, last = lease.span(begin, end)
+        lease.awaited[first:last] = False
         self._renew(lease, now)
-        unsafe = any(each.open and each.first < last and first < each.last for each in lease._claims)
-        return "quarantined" if unsafe and not lease._there[first:last].all() else "freed"
+        return "quarantined" if len(lease.unsafe(first, last)) else "freed"
 
     def sender_dead(self, engine_id: str, epoch: int, now: float) -> list[Lease]:
         """That incarnation of a sender (and every earlier one) writes nothing more: proven, not guessed.
@@ -354,11 +244,7 @@ class LeaseTable:
 
     def unsafe(self, lease: Lease) -> int:
         """Pages of an open lease that a sender may write at any moment."""
-        return len(self._unsafe(lease))
-
-    def open_senders(self) -> set[Sender]:
-        """Senders with open claims."""
-        return {claim.sender for claim, _ in self._claims.values()}
+        return len(lease.unsafe())
 
     def quarantined_senders(self) -> set[Sender]:
         """Senders whose open claims keep pages in quarantine."""
@@ -407,25 +293,29 @@ class LeaseTable:
         values = {name: float(count) for name, count in self._counts.items()}
         return values | {"open": float(len(self._leases)), "open_claims": float(len(self._claims))}
 
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` unless LEASED and QUARANTINED pages are exactly those of leases and of claims."""
+    def check_integrity(self, *, deep: bool = True) -> None:
+        """Raises `IntegrityError` unless LEASED and QUARANTINED pages are exactly those of leases and of claims.
+
+        Not `deep`: as many, without a look at which.
+        """
         allocator = self._cache.allocator
         for state, parts in (
             (PageState.LEASED, [part for lease in self._leases.values() for part in (lease.pages, lease.reserve)]),
             (PageState.QUARANTINED, [claim.quarantined for claim, _ in self._claims.values()]),
         ):
+            if (count := sum(map(len, parts))) != allocator.count(state):
+                raise IntegrityError(f"{count} pages are {state.name}, counted as {allocator.count(state)}")
+            if not deep:
+                continue
             pages = np.concatenate([EMPTY, *parts])
             if len(np.unique(pages)) != len(pages):
                 raise IntegrityError(f"a {state.name} page belongs to two")
-            if len(pages) != allocator.count(state):
-                raise IntegrityError(f"{len(pages)} pages are {state.name}, counted as {allocator.count(state)}")
-            wrong = [int(page) for page in pages if allocator.state_of(int(page)) is not state]
-            if wrong:
-                raise IntegrityError(f"pages that should be {state.name} are not: {wrong[:8]}")
+            if len(wrong := allocator.astray(pages, state)):
+                raise IntegrityError(f"pages that should be {state.name} are not: {wrong[:8].tolist()}")
         for lease in self._leases.values():
             if not lease.lock.held:
                 raise IntegrityError(f"lease {lease.id} has lost its lock")
-            if (lease._there & lease._awaited).any():
+            if (lease.there & lease.awaited).any():
                 raise IntegrityError(f"lease {lease.id} awaits a page that is there")
         for claim, lease in self._claims.values():
             if not claim.open:
@@ -435,36 +325,14 @@ class LeaseTable:
 
     # --- inner -------------------------------------------------------------------------------------------------------
 
-    def _pages_of(self, lease: Lease, begin: int, end: int) -> tuple[int, int]:
-        size = self._cache.page_size
-        if not lease.matched <= begin < end <= lease.end:
-            raise InvalidRequest(
-                f"[{begin}, {end}) is not a range within the lease's [{lease.matched}, {lease.end})", param="begin"
-            )
-        if begin % size or (end % size and end != lease.end):
-            raise InvalidRequest(
-                f"[{begin}, {end}) does not stand at pages of {size} tokens (only the lease's end may lie within one)",
-                param="begin",
-            )
-        return (begin - lease.matched) // size, -(-(end - lease.matched) // size)
-
-    def _unsafe(self, lease: Lease) -> PageArray:
-        """Pages that an open claim may still write."""
-        parts = [
-            lease.pages[claim.first : claim.last][~lease._there[claim.first : claim.last]]
-            for claim in lease._claims
-            if claim.open
-        ]
-        return np.concatenate([EMPTY, *parts])
-
     def _quarantine(self, lease: Lease, now: float) -> PageArray:
-        for claim in lease._claims:
+        for claim in lease.claims:
             if claim.open:
-                pages = lease.pages[claim.first : claim.last][~lease._there[claim.first : claim.last]]
+                pages = lease.unsafe_of(claim)
                 self._cache.convert(pages, PageState.LEASED, PageState.QUARANTINED)
                 claim.quarantined = pages
                 claim.quarantined_at = now
-        return np.concatenate([EMPTY, *(claim.quarantined for claim in lease._claims if claim.open)])
+        return np.concatenate([EMPTY, *(claim.quarantined for claim in lease.claims if claim.open)])
 
     def _forget(self, lease: Lease) -> None:
         if self._leases.pop(lease.id, None) is not lease:
@@ -480,3 +348,6 @@ class LeaseTable:
     @staticmethod
     def _until(lease: Lease) -> float:
         return lease.dies if lease.attached is not None else min(lease.expires, lease.dies)
+
+
+__all__ = ["DEGRADED_AFTER", "Lease", "LeaseTable", "Sender"]

@@ -116,13 +116,20 @@ class PageAllocator:
         """The state of one page."""
         return PageState(int(self._states[page]))
 
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` if counts, states and free runs do not agree."""
+    def astray(self, pages: PageArray, state: PageState) -> PageArray:
+        """Those of `pages` that are not in `state`."""
+        astray: PageArray = pages[self._states[pages] != state]
+        return astray
+
+    def check_integrity(self, *, deep: bool = True) -> None:
+        """Raises `IntegrityError` if counts, states and free runs do not agree. Not `deep`: counts alone."""
+        if sum(self._counts) != self.total or min(self._counts) < 0:
+            raise IntegrityError(f"states add up to {self._counts}, of {self.total} pages")
+        if not deep:
+            return
         found = np.bincount(self._states, minlength=len(PageState)).tolist()
         if found != self._counts:
             raise IntegrityError(f"pages by state are {found}, counted as {self._counts}")
-        if sum(self._counts) != self.total:
-            raise IntegrityError(f"states add up to {sum(self._counts)} pages of {self.total}")
         self._runs.check_integrity()
         free = np.zeros(self.total, dtype=bool)
         for start, length in self._runs.runs():

@@ -11,6 +11,7 @@ import torch
 from tests.oracle_rig import Oracle
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
+from microserve.engine.plan import SequenceStart, Slice, StepPlan
 from microserve.engine.request import Request
 from microserve.engine.scheduler import Limits, Scheduler
 from microserve.kv.cache import KvCache
@@ -205,6 +206,20 @@ def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, ora
         oracle.check_near(prompt, answer, 60)
     assert small.scheduler.statistics()["scheduler_preemptions"] > 0
     small.executor.close()
+
+
+def test_a_prompts_lone_token_need_not_be_sampled(serving: Serving) -> None:
+    history, sampling = np.array([7, 8, 9], dtype=np.int32), SamplingParams(temperature=0.0, max_tokens=4)
+    start = SequenceStart(10**6, history, 3, sampling, 0, ())
+    pages, executor = np.array([0], dtype=np.int32), serving.executor
+    executor.launch(StepPlan(1, (Slice(10**6, history[:1], 0, pages, False, 0),), (start,)))
+    executor.launch(StepPlan(2, (Slice(10**6, history[1:], 1, pages, True, 0),)))
+    assert executor.collect().sampled == ()
+    together = executor.collect().sampled
+    executor.launch(StepPlan(3, (Slice(10**6, history, 0, pages, True, 0),)))
+    assert executor.collect().sampled == together
+    executor.launch(StepPlan(4, (), forgotten=(10**6,)))
+    assert executor.collect().sampled == ()
 
 
 def test_steps_leave_no_memory_behind(serving: Serving) -> None:

@@ -271,6 +271,18 @@ def test_bfloat16_rounds_where_transformers_rounds(tmp_path: Path, arch: str) ->
     assert ours < 1.25 * theirs
 
 
+def test_rows_that_are_not_wanted_change_nothing_for_the_others(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, arch="qwen3", scale=0.2, seed=5)
+    config, ids = read_config(folder), torch.arange(40)
+    decoder = Decoder(config, load_weights(folder, config, dtype=torch.float32), TorchKernels(), max_context=40)
+    with torch.inference_mode():
+        every = decoder.forward(ids, _Contiguous(decoder, 40))
+        chosen = torch.tensor([39, 0, 17])
+        torch.testing.assert_close(decoder.forward(ids, _Contiguous(decoder, 40), chosen), every[chosen])
+        none = torch.empty(0, dtype=torch.long)
+        assert decoder.forward(ids, _Contiguous(decoder, 40), none).shape == (0, config.hidden_size)
+
+
 def test_packed_matrices_give_the_same_products() -> None:
     generator = torch.Generator().manual_seed(0)
     kernels = cpu_kernels(torch.float32)

@@ -195,6 +195,61 @@ def test_a_pin_holds_until_its_time_and_pinning_again_renews_it() -> None:
     kv.check_integrity()
 
 
+def test_the_first_end_of_a_pin_is_known_and_sweeping_ends_just_those_that_are_over() -> None:
+    clock = ManualClock()
+    kv = cache(8, clock)
+    fill(kv, tokens(1, 2))
+    fill(kv, tokens(3))
+    assert (kv.next_pin_end(), kv.sweep()) == (None, 0)
+    kv.pin(tokens(1, 2), ttl=10.0)
+    kv.pin(tokens(1), ttl=5.0)
+    kv.pin(tokens(3), ttl=7.0)
+    assert kv.next_pin_end() == clock() + 5.0
+    kv.pin(tokens(1), ttl=20.0)  # renewed: it is the last now
+    assert kv.next_pin_end() == clock() + 7.0
+    clock.advance(10.0)
+    assert kv.next_pin_end() == clock() - 3.0
+    assert (kv.sweep(), kv.sweep()) == (2, 0)
+    assert kv.next_pin_end() == clock() + 10.0
+    assert kv.evict() == 2
+    assert kv.unpin(tokens(1)) == PAGE
+    assert (kv.next_pin_end(), kv.statistics().pinned, kv.evict()) == (None, 0, 1)
+    kv.check_integrity()
+
+
+def test_a_pin_may_be_shortened_and_one_that_ends_during_a_step_waits_for_it() -> None:
+    clock = ManualClock()
+    kv = cache(8, clock)
+    fill(kv, tokens(1, 2))
+    kv.pin(tokens(1, 2), ttl=10.0)
+    kv.pin(tokens(1, 2), ttl=1.0)
+    step = kv.begin_step()
+    clock.advance(1.0)
+    assert (kv.sweep(), kv.next_pin_end(), kv.evict()) == (1, None, 0)
+    kv.retire_step(step)
+    assert kv.evict() == 2
+    assert kv.statistics().locks == 0
+    kv.check_integrity()
+
+
+def test_check_integrity_looks_at_every_page_or_at_counts_alone() -> None:
+    kv = cache()
+    pages = fill(kv, tokens(1, 2))
+    states = kv.allocator._states
+    states[pages[0]], states[15] = states[15], states[pages[0]]  # as many in each state, and the wrong ones
+    kv.check_integrity(deep=False)
+    with pytest.raises(IntegrityError, match="free runs and page states disagree"):
+        kv.check_integrity()
+    states[pages[0]], states[15] = states[15], states[pages[0]]
+    for owner, attribute in ((kv, "_evictable"), (kv._tree, "page_count")):
+        setattr(owner, attribute, getattr(owner, attribute) + 1)
+        for deep in (True, False):
+            with pytest.raises(IntegrityError, match="counted"):
+                kv.check_integrity(deep=deep)
+        setattr(owner, attribute, getattr(owner, attribute) - 1)
+    kv.check_integrity()
+
+
 def test_unpin_ends_the_longest_pin_of_the_prompt() -> None:
     kv = cache()
     fill(kv, tokens(1, 2, 3))

@@ -1,51 +1,12 @@
-"""The lease table by itself: each rule, and random histories after which every page is where it belongs."""
+"""Leases rule by rule: room, shares, terms, and how they end."""
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING
-
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tests.lease_rig import PROMPT, cached, counts, opened, table
 
-from microserve.kv.cache import KvCache
-from microserve.kv.leases import DEGRADED_AFTER, LeaseTable
-from microserve.kv.pages import IntegrityError, PageState
+from microserve.kv.pages import IntegrityError
 from microserve.runtime.errors import Conflict, InvalidRequest, LeaseNotFound
-
-if TYPE_CHECKING:
-    from microserve.kv.cache import PrefixLock
-    from microserve.kv.leases import Lease
-
-PAGE = 4
-PROMPT = np.arange(1, 15, dtype=np.int32)  # 14 tokens: three whole pages, and two tokens
-
-
-def table(pages: int = 32, **options: float) -> tuple[KvCache, LeaseTable]:
-    cache = KvCache(pages, PAGE, clock=lambda: 0.0)
-    ids = itertools.count(100)
-    return cache, LeaseTable(cache, draw_id=lambda: next(ids), **options)  # type: ignore[arg-type]
-
-
-def opened(leases: LeaseTable, prompt: np.ndarray = PROMPT, end: int = 13, *, now: float = 0.0) -> Lease:
-    lease = leases.open(prompt, end, 0, now)
-    assert lease is not None
-    return lease
-
-
-def cached(cache: KvCache, prompt: np.ndarray) -> None:
-    lock = cache.acquire(prompt)
-    whole = len(prompt) // PAGE
-    pages = cache.allocate(whole - len(lock.pages))
-    assert pages is not None
-    cache.release(cache.insert(prompt[: whole * PAGE], np.concatenate((lock.pages, pages)), lock))
-
-
-def counts(cache: KvCache) -> dict[str, int]:
-    return {state.name.lower(): cache.allocator.count(state) for state in PageState if cache.allocator.count(state)}
 
 
 def test_what_is_cached_is_locked_and_the_rest_is_leased() -> None:
@@ -67,80 +28,6 @@ def test_a_prompt_that_is_cached_whole_keeps_a_page_for_its_last_token() -> None
     lease = opened(leases, prompt, 12)
     assert (lease.matched, len(lease.pages), len(lease.reserve), lease.waiting) == (12, 0, 1, False)
     leases.close(lease, 0.0)
-
-
-def test_a_range_has_one_writer_ever() -> None:
-    _, leases = table()
-    lease = opened(leases)
-    first = leases.claim(lease.id, 4, 8, ("a", 1), 0.0)
-    for begin, end in ((4, 8), (0, 8), (4, 13), (0, 13)):
-        with pytest.raises(Conflict):
-            leases.claim(lease.id, begin, end, ("b", 1), 0.0)
-    leases.claim_ended(first, "failed", 0.0)
-    with pytest.raises(Conflict):
-        leases.claim(lease.id, 4, 8, ("b", 1), 0.0)
-    leases.forgo(lease.id, 8, 12, 0.0)
-    with pytest.raises(Conflict):
-        leases.claim(lease.id, 8, 13, ("b", 1), 0.0)
-    leases.claim(lease.id, 0, 4, ("b", 1), 0.0)
-    done = leases.claim(lease.id, 12, 13, ("a", 1), 0.0)
-    leases.claim_ended(done, "", 0.0)  # what it wrote has not been notified yet
-    with pytest.raises(Conflict):
-        leases.claim(lease.id, 12, 13, ("b", 1), 0.0)
-
-
-@pytest.mark.parametrize(("begin", "end"), [(1, 8), (0, 7), (0, 14), (0, 0), (8, 4), (-4, 4), (12, 16)])
-def test_ranges_stand_at_pages_and_within_the_lease(begin: int, end: int) -> None:
-    _, leases = table()
-    lease = opened(leases)
-    with pytest.raises(InvalidRequest):
-        leases.claim(lease.id, begin, end, ("a", 1), 0.0)
-    leases.claim(lease.id, 12, 13, ("a", 1), 0.0)  # the lease's end may lie within a page
-
-
-def test_only_pages_that_a_writer_may_still_write_are_quarantined() -> None:
-    cache, leases = table()
-    lease = opened(leases)
-    claim = leases.claim(lease.id, 0, 8, ("a", 1), 0.0)
-    leases.arrived(lease.id, claim, 1, 1, 0.0)
-    assert leases.unsafe(lease) == 1
-    assert leases.close(lease, 0.0) == "quarantined"
-    assert counts(cache) == {"free": 31, "quarantined": 1}
-    assert leases.quarantined_senders() == {("a", 1)}
-
-
-@pytest.mark.parametrize("proof", ["done", "failed", "dead", "newer"])
-def test_quarantine_comes_back_by_proof(proof: str) -> None:
-    cache, leases = table()
-    lease = opened(leases)
-    claim = leases.claim(lease.id, 0, 8, ("a", 5), 0.0)
-    leases.close(lease, 0.0)
-    leases.sender_dead("a", 4, 1.0)  # an earlier incarnation
-    leases.sender_dead("b", 9, 1.0)  # somebody else
-    assert counts(cache)["quarantined"] == 2
-    match proof:
-        case "done":
-            leases.claim_ended(claim, "", 1.0)
-        case "failed":
-            leases.claim_ended(claim, "it broke", 1.0)
-        case "dead":
-            leases.sender_dead("a", 5, 1.0)
-        case _:
-            leases.sender_dead("a", 6, 1.0)
-    assert counts(cache) == {"free": 32}
-    assert leases.claim_ended(claim, "", 2.0) is None
-    leases.check_integrity()
-
-
-def test_quarantine_never_comes_back_by_time() -> None:
-    cache, leases = table()
-    leases.claim(opened(leases).id, 0, 8, ("a", 1), 0.0)
-    leases.sweep(30.0)
-    assert counts(cache)["quarantined"] == 2
-    assert not leases.degraded(30.0 + DEGRADED_AFTER - 1)
-    assert leases.degraded(30.0 + DEGRADED_AFTER)
-    leases.sweep(1e9)
-    assert counts(cache)["quarantined"] == 2
 
 
 def test_a_lease_is_renewed_by_use_and_ends_with_its_term_or_its_life() -> None:
@@ -167,29 +54,6 @@ def test_an_attached_lease_is_not_closed_under_whoever_waits() -> None:
     assert leases.sweep(25.0) == [lease]
     leases.get(lease.id)
     leases.close(lease, 25.0)
-
-
-def test_received_is_without_a_gap() -> None:
-    _, leases = table()
-    lease = opened(leases)
-    late, early = leases.claim(lease.id, 8, 13, ("a", 1), 0.0), leases.claim(lease.id, 0, 8, ("b", 1), 0.0)
-    leases.arrived(lease.id, late, 2, 2, 0.0)
-    assert (lease.received, lease.waiting) == (0, True)
-    leases.arrived(lease.id, early, 0, 1, 0.0)
-    assert lease.received == 4
-    leases.arrived(lease.id, early, 1, 1, 0.0)
-    assert (lease.received, lease.waiting) == (13, False)
-
-
-def test_arrivals_that_fit_no_claim_change_nothing() -> None:
-    _, leases = table()
-    lease = opened(leases)
-    claim = leases.claim(lease.id, 4, 8, ("a", 1), 0.0)
-    for lease_id, number, first, count in ((1, claim, 1, 1), (lease.id, 99, 1, 1), (lease.id, claim, 0, 1)):
-        assert leases.arrived(lease_id, number, first, count, 0.0) is None
-    assert leases.arrived(lease.id, claim, 1, 2, 0.0) is None
-    assert leases.statistics()["stray_arrivals"] == 4
-    assert lease.received == 0
 
 
 def test_commit_keeps_whole_pages_without_a_gap() -> None:
@@ -231,150 +95,205 @@ def test_leases_hold_a_share_and_two_tables_that_fill_each_other_do_not_wait() -
 
 def test_what_does_not_exist_is_said() -> None:
     _, leases = table()
-    for call in (lambda: leases.get(7), lambda: leases.attach(7, "me", 0.0)):
-        with pytest.raises(LeaseNotFound):
-            call()
+    with pytest.raises(LeaseNotFound):
+        leases.get(7)
+    with pytest.raises(LeaseNotFound):
+        leases.attach(7, "me", 0.0)
     with pytest.raises(LeaseNotFound):
         leases.claim(7, 0, 4, ("a", 1), 0.0)
     assert leases.forgo(7, 0, 4, 0.0) == "unknown"
     assert leases.claim_ended(7, "", 0.0) is None
 
 
-class Histories(RuleBasedStateMachine):
-    """Leases, claims and ordinary use of the cache, in any order."""
-
-    @initialize()
-    def begin(self) -> None:
-        self.cache, self.leases = table(pages=24, term=10.0, life=30.0)
-        self.now = 0.0
-        self.open: list[Lease] = []
-        self.claims: list[tuple[int, Lease, int, int]] = []
-        self.running: list[tuple[PrefixLock, np.ndarray]] = []
-        self.steps: list[int] = []
-
-    def _forget(self, lease: Lease) -> None:
-        self.open = [each for each in self.open if each is not lease]
-
-    @rule(length=st.integers(1, 30), seed=st.integers(0, 2), cut=st.integers(0, 3), reserve=st.integers(0, 9))
-    def prepare(self, length: int, seed: int, cut: int, reserve: int) -> None:
-        prompt = np.arange(length, dtype=np.int32) + 100 * seed
-        lease = self.leases.open(prompt, max(0, length - cut), reserve, self.now)
-        if lease is not None:
-            self.open.append(lease)
-
-    @rule(data=st.data())
-    def claim(self, data: st.DataObject) -> None:
-        if not self.open:
-            return
-        lease = data.draw(st.sampled_from(self.open))
-        pages = len(lease.pages)
-        first = data.draw(st.integers(0, pages))
-        last = data.draw(st.integers(0, pages))
-        begin, end = lease.matched + first * PAGE, min(lease.end, lease.matched + last * PAGE)
-        sender = data.draw(st.sampled_from([("a", 1), ("a", 2), ("b", 1)]))
-        try:
-            number = self.leases.claim(lease.id, begin, end, sender, self.now)
-        except (Conflict, InvalidRequest):
-            return
-        assert first < last
-        self.claims.append((number, lease, first, last))
-
-    @rule(data=st.data())
-    def arrive(self, data: st.DataObject) -> None:
-        if self.claims:
-            number, lease, first, last = data.draw(st.sampled_from(self.claims))
-            begin = data.draw(st.integers(first, last - 1))
-            self.leases.arrived(lease.id, number, begin, data.draw(st.integers(1, last - begin)), self.now)
-
-    @rule(data=st.data(), error=st.sampled_from(["", "broken"]))
-    def end_claim(self, data: st.DataObject, error: str) -> None:
-        if self.claims:
-            self.leases.claim_ended(data.draw(st.sampled_from(self.claims))[0], error, self.now)
-
-    @rule(epoch=st.integers(1, 2))
-    def kill(self, epoch: int) -> None:
-        self.leases.sender_dead("a", epoch, self.now)
-
-    @rule(data=st.data(), how=st.sampled_from(["close", "commit", "consume", "forgo", "attach"]))
-    def use(self, data: st.DataObject, how: str) -> None:
-        if not self.open:
-            return
-        lease = data.draw(st.sampled_from(self.open))
-        match how:
-            case "close":
-                assert self.leases.close(lease, self.now) in ("freed", "quarantined")
-                self._forget(lease)
-            case "commit":
-                assert self.leases.commit(lease, self.now) % PAGE == 0
-                self._forget(lease)
-            case "consume" if not self.leases.unsafe(lease):
-                self.running.append(self.leases.consume(lease, self.now))
-                self._forget(lease)
-            case "forgo" if lease.matched < lease.end:
-                self.leases.forgo(lease.id, lease.matched, lease.end, self.now)
-            case "attach" if lease.attached is None:
-                self.leases.attach(lease.id, self, self.now)
-
-    @rule(seconds=st.floats(0, 12))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        for lease in self.leases.sweep(self.now):
-            if lease.attached is not None:
-                self.leases.close(lease, self.now)
-            self._forget(lease)
-
-    @rule(length=st.integers(4, 20), seed=st.integers(0, 2))
-    def serve(self, length: int, seed: int) -> None:
-        prompt = np.arange(length, dtype=np.int32) + 100 * seed
-        lock = self.cache.acquire(prompt)
-        pages = self.cache.allocate(length // PAGE - len(lock.pages))
-        if pages is None:
-            self.cache.release(lock)
-            return
-        whole = length // PAGE * PAGE
-        lock = self.cache.insert(prompt[:whole], np.concatenate((lock.pages, pages)), lock)
-        self.running.append((lock, np.empty(0, dtype=np.int32)))
-
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        if self.running:
-            lock, pages = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-            self.cache.free(pages)
-            self.cache.release(lock)
-
-    @rule()
-    def launch(self) -> None:
-        self.steps.append(self.cache.begin_step())
-
-    @rule()
-    def retire(self) -> None:
-        if self.steps:
-            self.cache.retire_step(self.steps.pop(0))
-
-    @invariant()
-    def whole(self) -> None:
-        self.cache.check_integrity()
-        self.leases.check_integrity()
-        leased = self.cache.allocator.count(PageState.LEASED) + self.cache.allocator.count(PageState.QUARANTINED)
-        assert leased <= self.cache.total_pages // 2
-
-    def teardown(self) -> None:
-        for lease in self.open:
-            self.leases.close(lease, self.now)
-        for number, *_ in self.claims:
-            self.leases.claim_ended(number, "", self.now)
-        for lock, pages in self.running:
-            self.cache.free(pages)
-            self.cache.release(lock)
-        for step in self.steps:
-            self.cache.retire_step(step)
-        self.whole()
-        statistics = self.cache.statistics()
-        assert statistics.free + statistics.cached == statistics.total
-        assert statistics.locks == 0
+def test_a_page_kept_available_for_others_is_not_leased() -> None:
+    cache, leases = table(pages=16)
+    cached(cache, PROMPT)
+    held = cache.allocate(8)
+    assert held is not None
+    # Eight are left, three of them cached; the lease locks those and needs one more.
+    assert leases.open(PROMPT, 14, 0, 0.0, keep=5) is None
+    assert (len(leases), cache.statistics().locks, counts(cache)) == (0, 0, {"free": 5, "owned": 8, "cached": 3})
+    lease = leases.open(PROMPT, 14, 0, 0.0, keep=4)
+    assert lease is not None
+    assert cache.available() == 4
+    leases.close(lease, 0.0)
+    cache.free(held)
 
 
-Histories.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-TestHistories = Histories.TestCase
+def test_a_lease_evicts_what_nobody_uses_but_never_what_it_shares() -> None:
+    cache, leases = table(pages=8, share=1.0)
+    cached(cache, PROMPT + 100)
+    cached(cache, PROMPT[:12])
+    lease = leases.open(PROMPT, 14, 8, 0.0)
+    assert lease is not None
+    assert (lease.matched, len(lease.pages), len(lease.reserve)) == (12, 1, 2)
+    assert counts(cache) == {"cached": 5, "leased": 3}
+    assert leases.open(PROMPT + 200, 14, 8, 0.0) is None
+    assert cache.match(PROMPT).length == 12
+    leases.close(lease, 0.0)
+
+
+def test_room_is_leased_for_the_whole_prompt_and_for_output() -> None:
+    _, leases = table()
+    lease = leases.open(PROMPT, 5, 3, 0.0)
+    assert lease is not None
+    assert (len(lease.pages), len(lease.reserve)) == (2, 3)  # [0, 5) is awaited; 17 tokens have room
+
+
+def test_an_end_behind_what_is_cached_awaits_nothing() -> None:
+    cache, leases = table()
+    cached(cache, PROMPT)
+    lease = opened(leases, end=5)
+    assert (lease.matched, lease.end, len(lease.pages), len(lease.reserve)) == (12, 5, 0, 1)
+    assert (lease.received, lease.waiting) == (12, False)
+    with pytest.raises(InvalidRequest):
+        leases.claim(lease.id, 0, 4, ("a", 1), 0.0)
+    assert leases.commit(lease, 0.0) == 12
+
+
+def test_owners_leases_are_found_by_who_they_are() -> None:
+    _, leases = table(pages=64)
+    mine, yours = object(), object()
+    first, second = (leases.open(PROMPT, 13, 0, 0.0, owner=mine) for _ in range(2))
+    assert leases.open(PROMPT, 13, 0, 0.0, owner=yours) is not None
+    assert leases.owned_by(mine) == [first, second]
+    assert first is not None
+    leases.close(first, 0.0)
+    assert leases.owned_by(mine) == [second]
+
+
+def test_commit_uses_what_somebody_else_cached_meanwhile() -> None:
+    cache, leases = table()
+    lease = opened(leases, end=12)
+    claim = leases.claim(lease.id, 0, 12, ("a", 1), 0.0)
+    leases.arrived(lease.id, claim, 0, 3, 0.0)
+    cached(cache, PROMPT[:8])
+    before = cache.match(PROMPT).pages.tolist()
+    assert leases.commit(lease, 0.0) == 12
+    assert cache.match(PROMPT).pages.tolist()[:2] == before
+    assert counts(cache) == {"free": 29, "cached": 3}
+    assert leases.claim_ended(claim, "", 0.0) is None
+    cache.check_integrity()
+
+
+def test_a_lease_that_ends_gives_its_prefix_back_when_the_steps_in_flight_have_retired() -> None:
+    cache, leases = table()
+    cached(cache, PROMPT)
+    lease = opened(leases)
+    step = cache.begin_step()
+    leases.close(lease, 0.0)
+    assert counts(cache) == {"free": 29, "cached": 3}  # no step names a leased page, so it is free at once
+    assert cache.evict() == 0
+    cache.retire_step(step)
+    assert cache.evict() == 3
+
+
+def test_a_lease_ends_once() -> None:
+    _, leases = table()
+    lease = opened(leases)
+    leases.close(lease, 0.0)
+    for end in (leases.close, leases.commit, leases.consume):
+        with pytest.raises(IntegrityError):
+            end(lease, 0.0)
+
+
+def test_an_expired_lease_is_gone_for_everybody() -> None:
+    cache, leases = table(term=10.0)
+    lease = opened(leases)
+    assert leases.next_deadline() == 10.0
+    assert leases.sweep(9.9) == []
+    assert leases.sweep(10.0) == [lease]
+    assert leases.next_deadline() is None
+    assert leases.statistics()["expired"] == 1.0
+    with pytest.raises(LeaseNotFound, match="has expired"):
+        leases.get(lease.id)
+    with pytest.raises(LeaseNotFound, match="has expired"):
+        leases.claim(lease.id, 0, 4, ("a", 1), 10.0)
+    assert leases.forgo(lease.id, 0, 4, 10.0) == "unknown"
+    assert counts(cache) == {"free": 32}
+
+
+@pytest.mark.parametrize("use", ["attach", "claim", "arrived", "claim_ended", "forgo"])
+def test_whoever_uses_a_lease_renews_it(use: str) -> None:
+    _, leases = table(term=10.0)
+    lease = opened(leases)
+    claim = leases.claim(lease.id, 0, 4, ("a", 1), 0.0)
+    match use:
+        case "attach":
+            leases.attach(lease.id, "me", 5.0)
+        case "claim":
+            leases.claim(lease.id, 4, 8, ("b", 1), 5.0)
+        case "arrived":
+            leases.arrived(lease.id, claim, 0, 1, 5.0)
+        case "claim_ended":
+            leases.claim_ended(claim, "", 5.0)
+        case _:
+            leases.forgo(lease.id, 8, 12, 5.0)
+    assert leases.sweep(14.9) == []
+
+
+@pytest.mark.parametrize("use", ["stray", "conflict", "invalid"])
+def test_what_is_refused_renews_nothing(use: str) -> None:
+    _, leases = table(term=10.0)
+    lease = opened(leases)
+    claim = leases.claim(lease.id, 0, 4, ("a", 1), 0.0)
+    match use:
+        case "stray":
+            leases.arrived(lease.id, claim, 3, 1, 5.0)
+        case "conflict":
+            with pytest.raises(Conflict):
+                leases.claim(lease.id, 0, 4, ("b", 1), 5.0)
+        case _:
+            with pytest.raises(InvalidRequest):
+                leases.forgo(lease.id, 1, 4, 5.0)
+    assert leases.sweep(10.0) == [lease]
+
+
+def test_what_happened_is_counted() -> None:
+    _, leases = table(pages=64)
+    held = [opened(leases) for _ in range(4)]
+    claim = leases.claim(held[0].id, 0, 13, ("a", 1), 0.0)
+    leases.arrived(held[0].id, claim, 0, 4, 0.0)
+    leases.arrived(held[1].id, claim, 0, 4, 0.0)
+    leases.commit(held[0], 0.0)
+    leases.consume(held[1], 0.0)
+    leases.close(held[2], 0.0)
+    assert leases.statistics() == {
+        "opened": 4.0,
+        "consumed": 1.0,
+        "committed": 1.0,
+        "closed": 1.0,
+        "expired": 0.0,
+        "claims": 1.0,
+        "arrived_pages": 4.0,
+        "stray_arrivals": 1.0,
+        "open": 1.0,
+        "open_claims": 1.0,
+    }
+
+
+def test_check_integrity_finds_what_is_broken_and_counts_alone_when_it_shall_be_quick() -> None:
+    cache, leases = table()
+    lease, other = opened(leases), opened(leases, PROMPT + 100)
+    pages, swapped = lease.pages, lease.pages.copy()
+    lease.pages = pages[1:]
+    for deep in (True, False):
+        with pytest.raises(IntegrityError, match="7 pages are LEASED, counted as 8"):
+            leases.check_integrity(deep=deep)
+    swapped[0] = other.pages[0]
+    lease.pages = swapped
+    leases.check_integrity(deep=False)
+    with pytest.raises(IntegrityError, match="belongs to two"):
+        leases.check_integrity()
+    swapped[0] = 31
+    with pytest.raises(IntegrityError, match=r"should be LEASED are not: \[31\]"):
+        leases.check_integrity()
+    lease.pages = pages
+    lease.there[0] = True
+    with pytest.raises(IntegrityError, match="awaits a page that is there"):
+        leases.check_integrity()
+    lease.awaited[0] = False
+    leases.check_integrity()
+    cache.release(lease.lock)
+    with pytest.raises(IntegrityError, match="lost its lock"):
+        leases.check_integrity()

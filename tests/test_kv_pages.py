@@ -99,6 +99,20 @@ def test_check_integrity_finds_a_page_that_was_lost() -> None:
         pages.check_integrity()
 
 
+def test_counts_alone_are_compared_when_it_shall_be_quick() -> None:
+    pages = PageAllocator(4)
+    own = taken(pages, 2)
+    assert pages.astray(np.arange(4, dtype=np.int32), OWNED).tolist() == sorted({0, 1, 2, 3} - set(own.tolist()))
+    pages._states[0] = CACHED
+    pages.check_integrity(deep=False)
+    pages._counts[OWNED] -= 1
+    with pytest.raises(IntegrityError, match="states add up to"):
+        pages.check_integrity(deep=False)
+    pages._counts[OWNED], pages._counts[FREE] = -1, 5
+    with pytest.raises(IntegrityError, match="states add up to"):
+        pages.check_integrity(deep=False)
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=60), st.randoms(use_true_random=False))
 def test_any_history_keeps_every_page_in_one_place(history: list[tuple[bool, int]], random: object) -> None:

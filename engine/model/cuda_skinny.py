@@ -33,8 +33,7 @@ class Tiling(NamedTuple):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
     """x @ weight.T + bias; `x` [rows, in], `weight` [out, in]."""
-    rows, width = x.shape
-    out = torch.empty(rows, weight.shape[0], dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, weight.shape[0], tiling._replace(parts=1), gated=False)
     return out
 

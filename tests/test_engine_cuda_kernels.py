@@ -1,0 +1,107 @@
+"""The GPU's own kernels against plain torch in float32. Needs a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.nn import functional
+
+from microserve.engine.model.kernels import rotate
+from microserve.kv.pool import PagePool, PageShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.float() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window", "positions"),
+    [
+        (32, 8, 128, None, [0, 1, 15, 16, 17, 127, 128, 129, 600, 5000]),
+        (8, 8, 64, None, [5, 1000]),
+        (7, 1, 80, None, [40, 3]),
+        (32, 1, 128, None, [700]),
+        (8, 2, 64, 50, [0, 48, 49, 50, 51, 333]),
+        (8, 2, 64, 900, [2000] * 12),
+        (4, 1, 128, None, [300 + i for i in range(70)]),
+    ],
+)
+def test_decodes_store_their_token_and_attend_to_all_before_it(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None, positions: list[int]
+) -> None:
+    from microserve.engine.cuda_decode import DecodeAttention
+
+    torch.manual_seed(0)
+    page, layers, rows = 16, 2, len(positions)
+    used = [position // page + 1 for position in positions]
+    pool = PagePool(sum(used), PageShape(kv_heads, layers, page, head_dim, dtype), device=DEVICE)
+    pool.tensor.normal_()
+    angles = torch.rand(max(positions) + 1, 1, head_dim // 2, device=DEVICE).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    table = torch.randperm(sum(used), device=DEVICE).int()
+    indptr = torch.tensor([0, *used], device=DEVICE).cumsum(0).int()
+    where = torch.tensor(positions, device=DEVICE)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, head_dim, device=DEVICE).to(dtype)
+    turning, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    attention = DecodeAttention(pool, heads, window, cos, sin, rows)
+    # What was left in a page behind the last token must not matter.
+    for row, position in enumerate(positions):
+        pool.tensor[table[indptr[row + 1] - 1], :, :, :, position % page + 1 :] = float("nan")
+    for layer in (1, 0, 1):
+        out = torch.full((rows, heads, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+        attention.attend(layer, turning, value, where.int(), indptr, table, out)
+        turned = rotate(turning.float(), cos[where].float(), sin[where].float())
+        keys, values = (side.float() for side in pool.layer_views(layer))
+        for row, position in enumerate(positions):
+            pages = table[int(indptr[row]) : int(indptr[row + 1])].long()
+            first = 0 if window is None else max(0, position - window + 1)
+            key, seen = (side[pages].transpose(0, 1).flatten(1, 2) for side in (keys, values))
+            assert relative_error(key[:, position], turned[row, heads:]) < TOLERANCE[dtype]
+            assert torch.equal(seen[:, position], value[row].float())
+            key, seen = key[:, first : position + 1], seen[:, first : position + 1]
+            query = turned[row, :heads].view(kv_heads, -1, head_dim)
+            exact = functional.scaled_dot_product_attention(query, key, seen).view(heads, head_dim)
+            assert relative_error(out[row], exact) < TOLERANCE[dtype], (layer, position)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_products_of_few_rows(rows: int, parts: int) -> None:
+    from microserve.engine.model.cuda_skinny import Tiling, gated, linear, linear_add_norm
+
+    torch.manual_seed(0)
+    tiling = Tiling(32, 128, parts=parts)
+    x, residual = (torch.randn(rows, 1024, device=DEVICE).bfloat16() for _ in range(2))
+    weight = (torch.randn(1024, 1024, device=DEVICE) / 32).bfloat16()
+    bias, norm = torch.randn(1024, device=DEVICE).bfloat16(), torch.rand(1024, device=DEVICE).bfloat16()
+    exact = functional.linear(x.float(), weight.float())
+    assert relative_error(linear(x, weight, None, tiling), exact) < 1e-2
+    assert relative_error(linear(x, weight, bias, tiling), exact + bias.float()) < 1e-2
+    gate, up = exact.chunk(2, dim=-1)
+    assert relative_error(gated(x, weight, tiling), functional.silu(gate) * up) < 1e-2
+    total = exact + residual.float()
+    normed, kept = linear_add_norm(x, weight, residual, norm, 1e-5, tiling)
+    assert kept is residual
+    assert relative_error(kept, total) < 1e-2
+    assert relative_error(normed, functional.rms_norm(total, (1024,), norm.float(), 1e-5)) < 1e-2
+
+
+def test_a_matrix_that_a_tiling_does_not_divide_is_not_for_it() -> None:
+    from microserve.engine.model.cuda_skinny import Tiling, fits
+
+    weight = torch.empty(96, 256, device="meta")
+    assert fits(weight, Tiling(32, 128, parts=2))
+    assert not fits(weight, Tiling(64, 128))
+    assert not fits(weight, Tiling(32, 128, parts=4))
+    assert not fits(weight, Tiling(32, 128), gated=True)
