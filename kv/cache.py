@@ -128,7 +128,7 @@ class KvCache:
             raise IntegrityError("insert() with a lock that was released")
         if end != len(pages) * self._tree.page_bytes or len(pages) < held:
             raise IntegrityError(f"{end // TOKEN_BYTES} tokens for {len(pages)} pages, {held} of them locked")
-        if not np.array_equal(pages[:held], lock.pages):
+        if pages[:held].tobytes() != lock.pages.tobytes():
             raise IntegrityError("the first pages are not those of the lock")
         if len(pages) == held:
             return lock

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import itertools
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 PageArray = npt.NDArray[np.int32]
 
@@ -42,6 +39,9 @@ class PageState(IntEnum):
     """A transfer into it may still be under way; nobody may use it."""
 
 
+_FREE = PageState.FREE
+"""A member of an enumeration is looked up by a call, and this one is asked for at every change."""
+
 _ALLOWED = frozenset(
     {
         (PageState.FREE, PageState.OWNED),
@@ -57,6 +57,9 @@ _ALLOWED = frozenset(
     }
 )
 
+_FEW = 32
+"""Up to so many pages, plain integers are faster than arrays."""
+
 EMPTY: PageArray = np.empty(0, dtype=np.int32)
 EMPTY.flags.writeable = False
 
@@ -68,7 +71,9 @@ class PageAllocator:
         if total < 1:
             raise ValueError(f"a pool needs at least one page, not {total}")
         self.total = total
-        self._states = np.zeros(total, dtype=np.uint8)
+        # One memory, seen in two ways: single pages are read faster from a bytearray, many at once from an array.
+        self._state_of = bytearray(total)
+        self._states = np.frombuffer(self._state_of, dtype=np.uint8)
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = total
         self._runs = FreeRuns()
@@ -80,41 +85,68 @@ class PageAllocator:
 
     def take(self, count: int, state: PageState) -> PageArray | None:
         """`count` free pages, adjacent where possible, now in `state`; None, and no change, if too few are free."""
-        if count > self._counts[PageState.FREE]:
+        if count > self._counts[_FREE]:
             return None
         if count == 0:
             return EMPTY
-        if (PageState.FREE, state) not in _ALLOWED:
+        if (_FREE, state) not in _ALLOWED:
             raise IntegrityError(f"pages cannot go from FREE to {state.name}")
-        pages = self._runs.take(count)
-        self._states[pages] = state
-        self._counts[PageState.FREE] -= count
+        runs = self._runs.take(count)
+        for start, length in runs:
+            self._state_of[start : start + length] = bytes((state,)) * length
+        self._counts[_FREE] -= count
         self._counts[state] += count
-        return pages
+        return _pages_in(runs, count)
 
     def move(self, pages: PageArray, origin: PageState, target: PageState) -> None:
         """Takes `pages` from one state to another. `IntegrityError`, and nothing changed, if any is not in `origin`."""
         count = len(pages)
         if count == 0:
             return
-        if (origin, target) not in _ALLOWED or origin is PageState.FREE:
+        if (origin, target) not in _ALLOWED or origin is _FREE:
             raise IntegrityError(f"pages cannot go from {origin.name} to {target.name} by move()")
-        if (self._states[pages] != origin).any():
-            wrong = {int(p): PageState(int(self._states[p])).name for p in pages if self._states[p] != origin}
-            raise IntegrityError(f"pages that should be {origin.name}: {wrong}")
-        ordered = np.sort(pages) if count > 1 else pages
-        if count > 1 and (ordered[1:] == ordered[:-1]).any():
-            raise IntegrityError(f"a page is named twice: {ordered.tolist()}")
-        self._states[pages] = target
+        runs = self._set_few(pages, origin, target) if count <= _FEW else self._set_many(pages, origin, target)
         self._counts[origin] -= count
         self._counts[target] += count
-        if target is PageState.FREE:
-            for start, length in _runs_of(ordered):
+        if target is _FREE:
+            for start, length in runs:
                 self._runs.add(start, length)
+
+    def _set_few(self, pages: PageArray, origin: PageState, target: PageState) -> list[tuple[int, int]]:
+        """Changes states alone. Returns the runs that `pages` make."""
+        ordered = sorted(pages.tolist())
+        states = self._state_of
+        runs: list[tuple[int, int]] = []
+        start = after = ordered[0]
+        for page in ordered:
+            if states[page] != origin or page < after:
+                self._refuse(pages, origin)
+            if page > after:
+                runs.append((start, after - start))
+                start = page
+            after = page + 1
+        runs.append((start, after - start))
+        for page in ordered:
+            states[page] = target
+        return runs
+
+    def _set_many(self, pages: PageArray, origin: PageState, target: PageState) -> list[tuple[int, int]]:
+        ordered = np.sort(pages)
+        if (self._states[pages] != origin).any() or (ordered[1:] == ordered[:-1]).any():
+            self._refuse(pages, origin)
+        self._states[pages] = target
+        edges = [0, *(np.flatnonzero(np.diff(ordered) != 1) + 1).tolist(), len(ordered)]
+        return [(int(ordered[low]), high - low) for low, high in itertools.pairwise(edges)]
+
+    def _refuse(self, pages: PageArray, origin: PageState) -> NoReturn:
+        wrong = {int(page): self.state_of(page).name for page in self.astray(pages, origin)}
+        if wrong:
+            raise IntegrityError(f"pages that should be {origin.name}: {wrong}")
+        raise IntegrityError(f"a page is named twice: {np.sort(pages).tolist()}")
 
     def state_of(self, page: int) -> PageState:
         """The state of one page."""
-        return PageState(int(self._states[page]))
+        return PageState(self._state_of[page])
 
     def astray(self, pages: PageArray, state: PageState) -> PageArray:
         """Those of `pages` that are not in `state`."""
@@ -165,18 +197,18 @@ class FreeRuns:
             start, length = before, length + extra
         self._insert(start, length)
 
-    def take(self, count: int) -> PageArray:
+    def take(self, count: int) -> list[tuple[int, int]]:
         """`count` pages, of which there are enough. One run if any is surely long enough, else the longest first."""
-        parts: list[PageArray] = []
+        runs: list[tuple[int, int]] = []
         while count:
             start, length = self._choose(count)
             used = min(count, length)
             self._remove(start, length)
             if used < length:
                 self._insert(start + used, length - used)
-            parts.append(np.arange(start, start + used, dtype=np.int32))
+            runs.append((start, used))
             count -= used
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return runs
 
     def _choose(self, count: int) -> tuple[int, int]:
         """A run of at least `count` from the smallest class that surely has one; else the longest class's oldest."""
@@ -222,12 +254,8 @@ class FreeRuns:
                 raise IntegrityError(f"free runs that touch at page {end} were not merged")
 
 
-def _runs_of(ordered: PageArray) -> Iterable[tuple[int, int]]:
-    """The runs in ascending page numbers, as (start, length)."""
-    if len(ordered) == 1:
-        yield int(ordered[0]), 1
-        return
-    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
-    edges = [0, *breaks.tolist(), len(ordered)]
-    for low, high in itertools.pairwise(edges):
-        yield int(ordered[low]), high - low
+def _pages_in(runs: list[tuple[int, int]], count: int) -> PageArray:
+    """The `count` pages of runs, in their order."""
+    if count > _FEW or len(runs) == 1:
+        return np.concatenate([np.arange(start, start + length, dtype=np.int32) for start, length in runs])
+    return np.array([page for start, length in runs for page in range(start, start + length)], dtype=np.int32)

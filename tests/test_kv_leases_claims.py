@@ -17,6 +17,12 @@ def test_a_range_has_one_writer_ever() -> None:
     for begin, end in ((4, 8), (0, 8), (4, 13), (0, 13)):
         with pytest.raises(Conflict):
             leases.claim(lease.id, begin, end, ("b", 1), 0.0)
+    wide = opened(leases, PROMPT + 100)
+    leases.claim(wide.id, 0, 12, ("a", 1), 0.0)
+    for begin, end in ((4, 8), (8, 13)):
+        with pytest.raises(Conflict):
+            leases.claim(wide.id, begin, end, ("b", 1), 0.0)
+    leases.claim(wide.id, 12, 13, ("b", 1), 0.0)
     leases.claim_ended(first, "failed", 0.0)
     with pytest.raises(Conflict):
         leases.claim(lease.id, 4, 8, ("b", 1), 0.0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.lease_rig import PAGE, Receive, Writer
 
 from microserve.kv.cache import KvCache
@@ -28,17 +28,19 @@ if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
     from microserve.kv.radix import TokenArray
 
-TOTAL = 24
-MOST = 12
+TOTAL = 32
+MOST = 20
 TERM, LIFE = 10.0, 25.0
 
 prompts = st.builds(
     lambda pages, tail: np.array([*np.repeat(pages, PAGE), *[9] * tail], dtype=np.int32),
-    st.lists(st.integers(0, 1), min_size=1, max_size=6),
+    st.lists(st.integers(0, 2), min_size=1, max_size=7),
     st.integers(0, PAGE - 1),
 )
 numbers = st.integers(0, 63)
 """Choose one of however many there are."""
+senders = st.sampled_from([("a", 1), ("a", 2), ("b", 1)])
+rarely = st.integers(0, 7).map(lambda number: number == 7)
 
 
 class LeaseHistories(RuleBasedStateMachine):
@@ -68,6 +70,21 @@ class LeaseHistories(RuleBasedStateMachine):
 
     def writers(self) -> list[tuple[Receive, Writer]]:
         return [(receive, writer) for receive in self.receives for writer in receive.writers]
+
+    def any_receive(self, which: int, closed: bool) -> Receive:
+        """One that is open, mostly: of those that have ended there are soon many."""
+        return self.receives[which % len(self.receives)] if closed else self.an_open_one(which)
+
+    def an_open_one(self, which: int) -> Receive:
+        """One that is open, if there is any."""
+        choice = self.open_ones() or self.receives
+        return choice[which % len(choice)]
+
+    def any_writer(self, which: int) -> tuple[Receive, Writer]:
+        """Mostly one that may still write, or that an open lease knows."""
+        alive = [(receive, writer) for receive, writer in self.writers() if writer.open or receive.open]
+        choice = alive if alive and which % 8 else self.writers()
+        return choice[which // 8 % len(choice)]
 
     def leased(self) -> set[int]:
         return {int(page) for each in self.open_ones() for page in (*each.lease.pages, *each.lease.reserve)}
@@ -109,7 +126,14 @@ class LeaseHistories(RuleBasedStateMachine):
 
     # --- leases ---
 
-    @rule(prompt=prompts, cut=st.integers(0, 9), reserve=st.integers(0, 6), keep=st.sampled_from([0, 0, 4]))
+    @initialize(some=st.lists(prompts, min_size=1, max_size=3), sender=senders)
+    def begin(self, some: list[TokenArray], sender: Sender) -> None:
+        """Every history begins with leases, and with claims on them."""
+        for which, prompt in enumerate(some):
+            self.prepare(prompt, 0, 0, 0)
+            self.claim(which, False, which, 3, 0, sender)
+
+    @rule(prompt=prompts, cut=st.integers(0, 9), reserve=st.sampled_from([0, 0, 3, 6]), keep=st.sampled_from([0, 0, 4]))
     def prepare(self, prompt: TokenArray, cut: int, reserve: int, keep: int) -> None:
         end = max(0, len(prompt) - cut)
         lock = self.kv.acquire(prompt)
@@ -128,10 +152,10 @@ class LeaseHistories(RuleBasedStateMachine):
         indexes = set(range(len(lease.pages)))
         self.receives.append(Receive(lease, self.now + TERM, self.now + LIFE, set(), indexes))
 
-    @rule(which=numbers)
+    @rule(which=numbers, closed=rarely)
     @precondition(lambda self: self.receives)
-    def attach(self, which: int) -> None:
-        receive = self.receives[which % len(self.receives)]
+    def attach(self, which: int, closed: bool) -> None:
+        receive = self.any_receive(which, closed)
         expected: type[MicroserveError] | None = None if receive.open else LeaseNotFound
         if receive.open and receive.attached:
             expected = Conflict
@@ -146,7 +170,7 @@ class LeaseHistories(RuleBasedStateMachine):
     @rule(which=numbers)
     @precondition(lambda self: self.open_ones())
     def consume(self, which: int) -> None:
-        receive = self.open_ones()[which % len(self.open_ones())]
+        receive = self.an_open_one(which)
         lease = receive.lease
         if receive.hot():
             with pytest.raises(IntegrityError, match="may write"):
@@ -163,7 +187,7 @@ class LeaseHistories(RuleBasedStateMachine):
     @rule(which=numbers)
     @precondition(lambda self: self.open_ones())
     def commit(self, which: int) -> None:
-        receive = self.open_ones()[which % len(self.open_ones())]
+        receive = self.an_open_one(which)
         lease = receive.lease
         until = receive.received // PAGE * PAGE
         assert self.table.commit(lease, self.now) == until
@@ -173,13 +197,13 @@ class LeaseHistories(RuleBasedStateMachine):
     @rule(which=numbers)
     @precondition(lambda self: self.open_ones())
     def close(self, which: int) -> None:
-        receive = self.open_ones()[which % len(self.open_ones())]
+        receive = self.an_open_one(which)
         outcome = self.table.close(receive.lease, self.now)
         assert outcome == self.ended(receive)
         with pytest.raises(LeaseNotFound):
             self.table.get(receive.lease.id)
 
-    @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 4.0, 11.0]))
     def pass_time(self, seconds: float) -> None:
         self.clock.advance(seconds)
         over = [each for each in self.open_ones() if each.until <= self.now]
@@ -198,22 +222,28 @@ class LeaseHistories(RuleBasedStateMachine):
 
     @rule(
         which=numbers,
-        first=st.integers(0, 6),
-        count=st.integers(1, 6),
-        shift=st.sampled_from([0] * 7 + [1]),
-        sender=st.sampled_from([("a", 1), ("a", 2), ("b", 1)]),
+        closed=rarely,
+        first=numbers,
+        count=st.integers(1, 7),
+        wrong=st.sampled_from([0] * 14 + [1, PAGE]),
+        sender=senders,
     )
     @precondition(lambda self: self.receives)
-    def claim(self, which: int, first: int, count: int, shift: int, sender: Sender) -> None:
-        receive = self.receives[which % len(self.receives)]
+    def claim(self, which: int, closed: bool, first: int, count: int, wrong: int, sender: Sender) -> None:
+        receive = self.any_receive(which, closed)
         lease = receive.lease
+        first %= receive.count + (wrong > 0 or receive.count == 0)
         last = min(first + count, receive.count)
         indexes = set(range(first, last))
-        begin, end = lease.matched + first * PAGE + shift, min(lease.end, lease.matched + last * PAGE)
+        begin, end = lease.matched + first * PAGE, min(lease.end, lease.matched + last * PAGE)
+        if wrong == 1:
+            begin += 1
+        elif wrong:
+            end = lease.end + PAGE
         expected: type[MicroserveError] | None = None
         if not receive.open:
             expected = LeaseNotFound
-        elif shift or not indexes:
+        elif wrong or not indexes:
             expected = InvalidRequest
         elif not indexes <= receive.awaited - receive.claimed():
             expected = Conflict
@@ -229,17 +259,19 @@ class LeaseHistories(RuleBasedStateMachine):
     @rule(which=numbers)
     @precondition(lambda self: self.writers())
     def scribble(self, which: int) -> None:
-        receive, writer = self.writers()[which % len(self.writers())]
+        receive, writer = self.any_writer(which)
         if writer.open:
             for index in writer.unwritten:
                 self.holds[int(receive.lease.pages[index])] = b"half a page"
 
-    @rule(which=numbers, skip=st.integers(0, 5), count=st.integers(1, 6))
+    @rule(which=numbers, skip=numbers, count=st.integers(1, 7), stray=rarely)
     @precondition(lambda self: self.writers())
-    def arrive(self, which: int, skip: int, count: int) -> None:
+    def arrive(self, which: int, skip: int, count: int, stray: bool) -> None:
         """Also out of order, again, after its claim has ended, or after the lease has."""
-        receive, writer = self.writers()[which % len(self.writers())]
-        first = writer.first + skip
+        receive, writer = self.any_writer(which)
+        first = writer.first + skip % (writer.last - writer.first)
+        if not stray:
+            count = min(count, writer.last - first)
         fits = first + count <= writer.last
         indexes = set(range(first, first + count))
         if fits and (writer.open or receive.open):
@@ -260,7 +292,7 @@ class LeaseHistories(RuleBasedStateMachine):
     @precondition(lambda self: self.writers())
     def end_claim(self, which: int, error: str) -> None:
         """Also twice."""
-        receive, writer = self.writers()[which % len(self.writers())]
+        receive, writer = self.any_writer(which)
         known = self.table.claim_ended(writer.id, error, self.now)
         assert known is (receive.lease if writer.open and receive.open else None)
         self.writer_ended(receive, writer, error)
@@ -288,11 +320,12 @@ class LeaseHistories(RuleBasedStateMachine):
                 receive.awaited -= set(range(writer.first, writer.last))
             self.renewed(receive)
 
-    @rule(which=numbers, first=st.integers(0, 3), count=st.integers(0, 6))
+    @rule(which=numbers, closed=rarely, first=numbers, count=st.integers(0, 3))
     @precondition(lambda self: self.receives)
-    def forgo(self, which: int, first: int, count: int) -> None:
-        receive = self.receives[which % len(self.receives)]
+    def forgo(self, which: int, closed: bool, first: int, count: int) -> None:
+        receive = self.any_receive(which, closed)
         lease = receive.lease
+        first %= receive.count or 1
         indexes = set(range(first, min(first + count, receive.count)))
         begin = lease.matched + first * PAGE
         end = max(begin, min(lease.end, begin + count * PAGE))
