@@ -25,14 +25,20 @@ from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import InvalidRequest, PeerLost, ProtocolError
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.messages import (
+    Aborted,
+    AbortRequest,
     ChatMessage,
     Detokenize,
     Detokenized,
+    Events,
     Finished,
     Generate,
+    ListEvents,
     ListModels,
+    ListRequests,
     ListStrategies,
     Models,
+    Requests,
     RollbackStrategy,
     SamplingParams,
     SetStrategy,
@@ -327,6 +333,19 @@ class AsyncClient:
     async def rollback_strategy(self, *, model: str = "", number: int | None = None) -> StrategySet:
         """Back to what served before the last change, or before change `number`."""
         return _expect(await self._ask(RollbackStrategy(model=model, number=number)), StrategySet)
+
+    async def requests(self, *, request_id: str | None = None, recent: int = 0, limit: int = 1000) -> Requests:
+        """What runs and waits at the router, with its sub-requests, and the last `recent` (at most 256) that ended."""
+        body = ListRequests(request_id=request_id, recent=recent, limit=limit)
+        return _expect(await self._ask(body), Requests)
+
+    async def abort(self, request_id: str) -> str:
+        """Ends a request, whoever sent it: "freed", or "unknown" when there is none (any more)."""
+        return _expect(await self._ask(AbortRequest(request_id=request_id)), Aborted).outcome
+
+    async def events(self, *, after: int = 0, limit: int = 200) -> Events:
+        """What happened in the fleet since event number `after`, oldest first."""
+        return _expect(await self._ask(ListEvents(after=after, limit=limit)), Events)
 
     async def _ask(self, body: RouterVerb) -> object:
         rpc = await self.connect()

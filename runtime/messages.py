@@ -235,6 +235,10 @@ class Load(Struct, omit_defaults=True, frozen=True, kw_only=True):
     prefix_lookup_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    sent_bytes: int = 0
+    """KV pushed to other engines since the start."""
+    received_bytes: int = 0
+    push_failures: int = 0
     state: str = "ready"
     """"starting", "ready", "draining" or "degraded"."""
 
@@ -724,6 +728,29 @@ class ListStrategies(Message, tag="list_strategies", frozen=True):
     """Reply: `Strategies`."""
 
 
+class VersionFigures(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one version did for one model since the router's start. Times in seconds; None where nothing was measured.
+
+    `version` "other" stands for versions that serve no longer. Percentiles are interpolated between a histogram's bounds.
+    """
+
+    model: str
+    version: str
+    requests: int = 0
+    """Choices that ended, well or not."""
+    errors: int = 0
+    output_tokens: int = 0
+    ttft_mean: float | None = None
+    ttft_p50: float | None = None
+    ttft_p99: float | None = None
+    tpot_mean: float | None = None
+    tpot_p50: float | None = None
+    tpot_p99: float | None = None
+    jct_mean: float | None = None
+    jct_p50: float | None = None
+    jct_p99: float | None = None
+
+
 class Strategies(Message, tag="strategies", frozen=True):
     """`problems`: sources that could not be loaded, each with file, line and reason. `history`: newest first."""
 
@@ -731,6 +758,7 @@ class Strategies(Message, tag="strategies", frozen=True):
     active: list[ActiveStrategy]
     problems: list[str] = []
     history: list[StrategyChange] = []
+    figures: list[VersionFigures] = []
 
 
 class SetStrategy(Message, tag="set_strategy", frozen=True):
@@ -758,6 +786,101 @@ class StrategySet(Message, tag="strategy_set", frozen=True):
 
     active: list[ActiveStrategy]
     dry_run: bool = False
+
+
+class SubRequestInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sub-request of a request. `started` and `ended` are seconds after the request's arrival."""
+
+    verb: str
+    engine: str
+    begin: int
+    end: int
+    """The positions of the prompt that it is about."""
+    started: float
+    ended: float | None = None
+    """None while it runs."""
+    outcome: str = ""
+    """"ok" or the code of an error; "" while it runs."""
+    matched: int = 0
+    computed: int = 0
+    reused: int = 0
+    bytes: int = 0
+
+
+class RequestInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice of a request at a router. `first_token` and `ended` are seconds after its arrival."""
+
+    request_id: str
+    model: str
+    strategy: str
+    """The version that serves it."""
+    state: str
+    """"queued", "running", "ok", or the code of the error that it ended with."""
+    age: float
+    """Seconds since its arrival."""
+    prompt_tokens: int
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    engines: list[str] = []
+    """Those that were asked to generate; the last one decodes."""
+    first_token: float | None = None
+    ended: float | None = None
+    error: str = ""
+    sub_requests: list[SubRequestInfo] = []
+
+
+class ListRequests(Message, tag="list_requests", frozen=True):
+    """What runs and waits at a router, oldest first, and the last `recent` that have ended. Reply: `Requests`.
+
+    With `request_id` only those of that id, ended or not.
+    """
+
+    request_id: Name | None = None
+    recent: Annotated[int, Meta(ge=0, le=256)] = 0
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+
+
+class Requests(Message, tag="requests", frozen=True):
+    """`active`: how many run or wait, listed or not."""
+
+    requests: list[RequestInfo]
+    active: int = 0
+    recent: list[RequestInfo] = []
+    """Newest first."""
+
+
+class AbortRequest(Message, tag="abort_request", frozen=True):
+    """Ends a request, every choice of it; its caller is told that it was cancelled. Reply: `Aborted`."""
+
+    request_id: Name
+
+
+class FleetEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that happened, for operators. `seq` counts from 1 within the router's epoch."""
+
+    seq: int
+    at: float
+    """Unix time, seconds."""
+    kind: str
+    """"joined", "restarted", "left", "silent", "returned", "connected", "lost"; "state", "peer", "lease_expired",
+    "quarantined", "push_failed" (engines said so); "strategy", "refused", "aborted"."""
+    engine: str = ""
+    epoch: int = 0
+    detail: str = ""
+
+
+class ListEvents(Message, tag="list_events", frozen=True):
+    """Events with a `seq` above `after`, oldest first, at most the newest `limit`. Reply: `Events`."""
+
+    after: NonNegative = 0
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 200
+
+
+class Events(Message, tag="events", frozen=True):
+    """`last` is the newest event's `seq`: a smaller one than was known means another router process."""
+
+    events: list[FleetEvent]
+    last: int = 0
 
 
 class EngineCall(Message, tag="engine_call", frozen=True):
@@ -801,6 +924,9 @@ RouterVerb = (
     | ListStrategies
     | SetStrategy
     | RollbackStrategy
+    | ListRequests
+    | AbortRequest
+    | ListEvents
     | EngineCall
 )
 ReplyBody = (
@@ -827,6 +953,8 @@ ReplyBody = (
     | StatusReply
     | Strategies
     | StrategySet
+    | Requests
+    | Events
 )
 
 # --- RPC -----------------------------------------------------------------------------------------------------------
