@@ -17,8 +17,8 @@ from microserve.runtime.errors import InvalidRequest
 from microserve.runtime.messages import SettingValue, StrategySet
 
 if TYPE_CHECKING:
+    from microserve.router.openai.endpoints import Core
     from microserve.router.openai.exchange import Exchange
-    from microserve.router.versions import Versions
 
 
 class SetRequest(Struct, forbid_unknown_fields=True):
@@ -41,15 +41,16 @@ class RollbackRequest(Struct, forbid_unknown_fields=True):
 class AdminPages:
     """Handlers of the routes above."""
 
-    def __init__(self, versions: Versions, max_body: int) -> None:
-        self._versions = versions
+    def __init__(self, core: Core, max_body: int) -> None:
+        self._core = core
+        self._versions = core.versions
         self._max_body = max_body
         self._set = msgspec.json.Decoder(SetRequest)
         self._rollback = msgspec.json.Decoder(RollbackRequest)
 
     async def strategies(self, exchange: Exchange) -> None:
         """What can be chosen, what serves, what was."""
-        await exchange.answer(_plain_json(self._versions.show()))
+        await exchange.answer(_plain_json(self._core.strategies()))
 
     async def set(self, exchange: Exchange) -> None:
         """Another version for new requests."""

@@ -19,6 +19,8 @@ from microserve.runtime.errors import Cancelled, Forbidden, InternalError, Inval
 from microserve.runtime.ids import IdSource
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
+    Aborted,
+    AbortRequest,
     Announce,
     CacheMatch,
     CachePrefixes,
@@ -30,7 +32,9 @@ from microserve.runtime.messages import (
     Heartbeat,
     Info,
     Leave,
+    ListEvents,
     ListModels,
+    ListRequests,
     ListStrategies,
     Models,
     Ok,
@@ -59,7 +63,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _ENGINES = (Announce, Heartbeat, Leave)
-_ADMINS = (SetStrategy, RollbackStrategy)
+_ADMINS = (SetStrategy, RollbackStrategy, ListRequests, AbortRequest, ListEvents)
 _LOOKS = (Info, Stats, CacheMatch, CachePrefixes)
 """Calls on engines that change nothing."""
 
@@ -105,7 +109,7 @@ class RouterApi:
             case Status():
                 call.reply(core.status())
             case ListStrategies():
-                call.reply(core.versions.show())
+                call.reply(core.strategies())
             case SetStrategy():
                 active = core.versions.set(
                     body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run
@@ -113,6 +117,12 @@ class RouterApi:
                 call.reply(StrategySet(active=active, dry_run=body.dry_run))
             case RollbackStrategy():
                 call.reply(StrategySet(active=core.versions.roll_back(model=body.model, number=body.number)))
+            case ListRequests():
+                call.reply(core.requests(request_id=body.request_id, recent=body.recent, limit=body.limit))
+            case AbortRequest():
+                call.reply(Aborted(outcome=core.abort(body.request_id)))
+            case ListEvents():
+                call.reply(core.events.after(body.after, body.limit))
             case EngineCall():
                 self._start(call, self._on_engine(call, body))
             case _:

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microserve.router.dispatch import Dispatcher, Generation, State
+from microserve.router.events import EventLog
 from microserve.router.fleet import EngineFleet
+from microserve.router.inspection import Inspection
 from microserve.router.strategies.catalog import Catalog
 from microserve.router.strategy import Request
 from microserve.router.versions import Versions
 from microserve.runtime.errors import (
     Busy,
+    Cancelled,
     ContextLengthExceeded,
     Draining,
     InternalError,
@@ -51,12 +54,14 @@ if TYPE_CHECKING:
     from microserve.runtime.clock import Clock
     from microserve.runtime.codec import TokenArray
     from microserve.runtime.config import RouterConfig
-    from microserve.runtime.messages import EngineInfo, EngineVerb, Load
+    from microserve.runtime.messages import EngineInfo, EngineVerb, Load, Requests, Strategies
     from microserve.runtime.rpc import CallStream
 
 _MOST_RETRY_AFTER = 30.0
 _SMOOTHING = 0.1
 _LAST_WAIT = 1.0
+_REFUSALS = 5.0
+"""Seconds between events that tell of refusals of one kind."""
 _MEET_AFTER = 0.05
 """Seconds after a change of the fleet until engines are told of each other."""
 _MEET_BUDGET = 10.0
@@ -102,8 +107,12 @@ class RouterCore:
         """Which program serves new requests. Those in flight keep theirs."""
         self.http_url = ""
         self.draining = False
+        self.events = EventLog(clock=clock)
+        self.inspection = Inspection(clock)
         self.roster = Roster(silence=config.engine_silence, clock=clock, forget=max(300.0, config.engine_silence))
         self.fleet = EngineFleet(bus, prepare=self._prepare, clock=clock)
+        self.fleet.event = self.events.add
+        self.versions.changed = lambda told: self.events.add("strategy", detail=told)
         self._me = bus.me
         self._version = version
         self._clock = clock
@@ -313,6 +322,7 @@ class RouterCore:
             return self._admit(spec)
         except MicroserveError as error:
             self.metrics.refused(error.code)
+            self.events.add("refused", detail=error.code, every=_REFUSALS)
             raise
 
     def _admit(self, spec: GenerationSpec) -> Generation:
@@ -370,6 +380,7 @@ class RouterCore:
 
     def _ended(self, generation: Generation) -> None:
         self.metrics.ended(generation)
+        self.inspection.ended(generation)
         if generation in self._active:
             self._active.discard(generation)
             now = self._clock()
@@ -385,6 +396,26 @@ class RouterCore:
             self._idle.set()
 
     # --- view ------------------------------------------------------------------------------------------------------
+
+    def requests(self, *, request_id: str | None = None, recent: int = 0, limit: int = 1000) -> Requests:
+        """What runs and waits, and what has ended lately."""
+        return self.inspection.requests(
+            (*self._active, *self._queue), request_id=request_id, recent=recent, limit=limit
+        )
+
+    def strategies(self) -> Strategies:
+        """What can be chosen, what serves, what was, and what each version did. Sources are read again."""
+        return msgspec.structs.replace(self.versions.show(), figures=self.metrics.figures())
+
+    def abort(self, request_id: str) -> str:
+        """Ends a request, all choices of it. "freed", or "unknown" when none runs or waits."""
+        found = [each for each in (*self._active, *self._queue) if _is_of(each.request_id, request_id)]
+        for generation in found:
+            generation.refuse(Cancelled("the request was ended by an operator"))
+        if not found:
+            return "unknown"
+        self.events.add("aborted", detail=f"{request_id}, by an operator")
+        return "freed"
 
     def _count_active(self) -> int:
         return len(self._active)
@@ -406,3 +437,8 @@ class RouterCore:
             strategy=self.versions.default.version,
             http=self.http_url,
         )
+
+
+def _is_of(name: str, request_id: str) -> bool:
+    """Whether a choice of this name belongs to the request: the first is called like it, the others with a number."""
+    return name == request_id or (name.startswith(f"{request_id}-") and name[len(request_id) + 1 :].isdecimal())

@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from microserve.router.link import EngineLink
 from microserve.router.prefix_index import PrefixIndex
@@ -21,10 +21,21 @@ from microserve.runtime.rpc import RpcClient, connect
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from microserve.runtime.bus import Bus
+    from microserve.runtime.bus import Bus, Subscription
     from microserve.runtime.membership import RosterEvent
+    from microserve.runtime.messages import EngineEvent
 
 Prepare = Callable[[ModelInfo], Awaitable[None]]
+
+
+class Event(Protocol):
+    """Something that happened: `events.EventLog.add`."""
+
+    def __call__(self, kind: str, *, engine: str = "", epoch: int = 0, detail: str = "") -> None: ...
+
+
+_TOLD_BY_ENGINES = ("state", "peer", "lease_expired", "quarantined", "push_failed")
+"""Kinds of events that engines publish, and operators should see."""
 
 _NOTHING: Mapping[EngineLink, int] = types.MappingProxyType({})
 _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
@@ -57,6 +68,8 @@ class EngineFleet:
         self.prefixes: PrefixIndex[EngineLink] = PrefixIndex()
         """What we believe that engines have cached, by incarnation."""
         self.changed: Callable[[], None] = lambda: None
+        self.event: Event = lambda kind, **facts: None
+        """Told what operators should see."""
 
     # --- membership ------------------------------------------------------------------------------------------------
 
@@ -66,6 +79,7 @@ class EngineFleet:
             info, load, change = event.info, event.load, event.change
             link = self._links.get(info.engine_id)
             _log.info("engine " + change.value, engine=info.engine_id, epoch=info.epoch, model=info.model.name)
+            self.event(change.value, engine=info.engine_id, epoch=info.epoch, detail=info.model.name)
             if change is Change.LEFT:
                 self.leave(info.engine_id)
             elif change is Change.SILENT:
@@ -140,15 +154,35 @@ class EngineFleet:
             if client.closed:
                 continue
             link.client = client
+            self.event("connected", engine=link.id, epoch=link.info.epoch, detail=link.info.endpoint)
             _log.info("engine connected", engine=link.id, epoch=link.info.epoch, endpoint=link.info.endpoint)
             self.changed()
+            subscription = await self._subscribe(link)
             try:
                 reason = await lost
             finally:
                 link.client = None
                 client.close("the router lets go of this engine")
+                if subscription is not None:
+                    subscription.close()
+            self.event("lost", engine=link.id, epoch=link.info.epoch, detail=reason.message)
             _log.warning("engine session lost", engine=link.id, error=reason.message)
             self.changed()
+
+    async def _subscribe(self, link: EngineLink) -> Subscription | None:
+        """Listens to what the engine tells everybody. Without it, it serves all the same."""
+        if not link.info.events_endpoint:
+            return None
+        try:
+            return await self._bus.subscribe(link.info.events_endpoint, functools.partial(self._heard, link))
+        except MicroserveError as error:
+            _log.warning("events of an engine cannot be followed", every=60.0, engine=link.id, error=error.message)
+            return None
+
+    def _heard(self, link: EngineLink, event: EngineEvent) -> None:
+        if event.kind in _TOLD_BY_ENGINES and (event.engine_id, event.epoch) == (link.id, link.info.epoch):
+            detail = event.detail or event.load.state
+            self.event(event.kind, engine=event.engine_id, epoch=event.epoch, detail=detail)
 
     async def _dial(self, info: EngineInfo) -> RpcClient:
         client = await connect(self._bus, info.endpoint)

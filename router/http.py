@@ -161,7 +161,7 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
     ids = IdSource("req")
     endpoints = Endpoints(core, max_body=max_body)
     pages = _Pages(core, max_body)
-    admin = AdminPages(core.versions, max_body)
+    admin = AdminPages(core, max_body)
     verbs = Microserving(core, max_body)
 
     def route(path: str, method: str, handler: Handler) -> Route:

@@ -80,6 +80,8 @@ class Versions:
         self._lanes: dict[str, Lanes] = {EVERY: (Lane(configured, 1.0, now()),)}
         self._before: list[tuple[int, str, Lanes | None]] = []
         """What served a model before each change that was not rolled back: (number, model, lanes)."""
+        self.changed: Callable[[str], None] = lambda told: None
+        """Told of every change, in words."""
         self._history: deque[StrategyChange] = deque(maxlen=_HISTORY)
         self._number = 0
         self._record(EVERY, "configured", quiet=True)
@@ -181,6 +183,7 @@ class Versions:
             return
         versions = ", ".join(f"{each.version} ({each.share:.0%})" for each in active)
         _log.info("strategy", model=model or "*", serves=versions, reason=reason, change=self._number)
+        self.changed(f"{model or 'every model'}: {reason}; serves {versions}")
 
     # --- looking at it -----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from microserve.router.text import TextModel
 from microserve.router.versions import Versions
 from microserve.runtime.config import RouterConfig
 from microserve.runtime.errors import Cancelled, ContextLengthExceeded, MicroserveError, ModelNotFound, NoEngine
-from microserve.runtime.messages import Generated, ModelInfo, TokenLogprobs, Usage
+from microserve.runtime.messages import Generated, ModelInfo, Strategies, TokenLogprobs, Usage
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
@@ -102,6 +102,9 @@ class FakeCore:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     metrics: RouterMetrics = field(default_factory=lambda: RouterMetrics(CollectorRegistry()))
     versions: Versions = field(default_factory=lambda: Versions(data_parallel.configure(), Catalog.built_in))
+
+    def strategies(self) -> Strategies:
+        return self.versions.show()
 
     def models(self) -> list[ModelInfo]:
         size = text_model().vocab_size

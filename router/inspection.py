@@ -1,0 +1,79 @@
+"""Requests as operators see them: what runs, what waits, and the last that ended, with what was asked of engines."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from microserve.router.dispatch import Generation, State
+from microserve.runtime.messages import RequestInfo, Requests, SubRequestInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from microserve.router.pending import SubRecord
+    from microserve.runtime.clock import Clock
+
+MOST_RECENT = 256
+"""Requests that have ended and are remembered."""
+
+
+class Inspection:
+    """Remembers requests that have ended, and describes those that have not."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._recent: deque[RequestInfo] = deque(maxlen=MOST_RECENT)
+
+    def ended(self, generation: Generation) -> None:
+        """Called once for each, when nothing of it is left."""
+        self._recent.append(self._describe(generation))
+
+    def requests(self, open_ones: Iterable[Generation], *, request_id: str | None, recent: int, limit: int) -> Requests:
+        """`open_ones` oldest first and the last `recent`, newest first; or those of one id alone."""
+        found = sorted(open_ones, key=lambda each: each.created_at)
+        active = len(found)
+        if request_id is not None:
+            found = [each for each in found if each.request_id == request_id]
+            past = [each for each in reversed(self._recent) if each.request_id == request_id]
+        else:
+            past = [self._recent[-index] for index in range(1, min(recent, len(self._recent)) + 1)]
+        return Requests(requests=[self._describe(each) for each in found[:limit]], active=active, recent=past)
+
+    def _describe(self, generation: Generation) -> RequestInfo:
+        created = generation.created_at
+        first, ended, error = generation.first_token_at, generation.ended_at, generation.error
+        state = generation.state.value
+        if generation.state is State.ENDED:
+            state = "ok" if error is None else error.code
+        return RequestInfo(
+            request_id=generation.request_id,
+            model=generation.request.model,
+            strategy=generation.strategy_version,
+            state=state,
+            age=self._clock() - created,
+            prompt_tokens=len(generation.request.prompt),
+            output_tokens=generation.output_tokens,
+            cached_tokens=generation.cached_tokens,
+            engines=list(generation.engine_ids),
+            first_token=None if first is None else first - created,
+            ended=None if ended is None else ended - created,
+            error="" if error is None else error.message,
+            sub_requests=[_sub_request(record, created) for record in generation.sub_requests],
+        )
+
+
+def _sub_request(record: SubRecord, created: float) -> SubRequestInfo:
+    return SubRequestInfo(
+        verb=record.verb,
+        engine=record.engine,
+        begin=record.begin,
+        end=record.end,
+        started=record.started - created,
+        ended=None if record.ended is None else record.ended - created,
+        outcome=record.outcome,
+        matched=record.matched,
+        computed=record.computed,
+        reused=record.reused,
+        bytes=record.nbytes,
+    )
