@@ -32,7 +32,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests perf
+	$(BIN)/mypy tests perf examples
 	$(BIN)/lint-imports
 
 bench: install
