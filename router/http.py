@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from microserve.router.admin import AdminPages
-from microserve.router.microserving import ROOT, Microserving
+from microserve.router.microserving.endpoints import Microserving
+from microserve.router.microserving.verbs import ROOT
 from microserve.router.openai import parse
 from microserve.router.openai.endpoints import Core, Endpoints
 from microserve.router.openai.errors import MethodNotAllowed, NoSuchRoute

@@ -12,7 +12,7 @@ from tests.router_support import ScriptedEngine, World, engine_info, folder_with
 from tests.virtual_time import run_virtual
 
 from microserve.router.http import make_app
-from microserve.router.microserving import VERBS
+from microserve.router.microserving.verbs import VERBS
 from microserve.router.text import TextModel
 from microserve.runtime import messages
 from microserve.runtime.codec import pack_tokens

@@ -1,0 +1,1 @@
+"""The engines' verbs over HTTP: bodies, endpoints, description."""
