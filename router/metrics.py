@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from microserve.runtime.messages import VersionFigures
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -63,6 +65,24 @@ class Series:
         """Cumulative counts by upper bound, as Prometheus wants them."""
         names = [*map(str, self.bounds), "+Inf"]
         return list(zip(names, map(float, itertools.accumulate(self.counts)), strict=True))
+
+    def mean(self) -> float | None:
+        """None where nothing was measured."""
+        count = sum(self.counts)
+        return self.total / count if count else None
+
+    def percentile(self, share: float) -> float | None:
+        """The value below which `share` of the measurements lie, interpolated within its bucket; beyond the largest
+        bound, that bound. None where nothing was measured."""
+        wanted = share * sum(self.counts)
+        if not wanted:
+            return None
+        below, low = 0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if below + count >= wanted:
+                return low + (bound - low) * (wanted - below) / count
+            below, low = below + count, bound
+        return self.bounds[-1]
 
 
 class _Label:
@@ -168,6 +188,28 @@ class RouterMetrics(Collector):
         for model, version in [key for key in self._labels if key[1] not in active and key[1] != OTHER_VERSIONS]:
             self._labels.setdefault((model, OTHER_VERSIONS), _Label()).add(self._labels.pop((model, version)))
 
+    def figures(self) -> list[VersionFigures]:
+        """What every version did for every model, busiest first."""
+        found = []
+        for (model, version), label in self._labels.items():
+            times = {
+                f"{name}_{what}": value
+                for name in ("ttft", "tpot", "jct")
+                for what, value in _summary(getattr(label, name)).items()
+            }
+            ended = label.outcomes.total()
+            found.append(
+                VersionFigures(
+                    model=model,
+                    version=version,
+                    requests=ended,
+                    errors=ended - label.outcomes["ok"] - label.outcomes["cancelled"],
+                    output_tokens=label.tokens_out,
+                    **times,
+                )
+            )
+        return sorted(found, key=lambda each: -each.requests)
+
     @property
     def requests(self) -> int:
         """Choices that ended, well or not, and those refused."""
@@ -244,6 +286,10 @@ class RouterMetrics(Collector):
         for engine in engines:
             charged.add_metric([engine.info.engine_id], engine.charged)
         yield from (states, charged)
+
+
+def _summary(series: Series) -> dict[str, float | None]:
+    return {"mean": series.mean(), "p50": series.percentile(0.5), "p99": series.percentile(0.99)}
 
 
 def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:

@@ -739,6 +739,7 @@ class VersionFigures(Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests: int = 0
     """Choices that ended, well or not."""
     errors: int = 0
+    """Those that ended otherwise than well, or by their caller's wish."""
     output_tokens: int = 0
     ttft_mean: float | None = None
     ttft_p50: float | None = None

@@ -24,6 +24,42 @@ def test_a_series_counts_by_upper_bound() -> None:
     assert series.total == 10.0
 
 
+def test_mean_and_percentiles_of_a_series() -> None:
+    series = Series((1.0, 2.0, 4.0))
+    assert (series.mean(), series.percentile(0.5)) == (None, None)
+    for value in (0.5, 1.5, 1.5, 3.0):
+        series.observe(value)
+    assert series.mean() == 6.5 / 4
+    assert [series.percentile(share) for share in (0.25, 0.5, 0.75, 0.875, 1.0)] == [1.0, 1.5, 2.0, 3.0, 4.0]
+    series.observe(9.0)
+    assert series.percentile(0.99) == 4.0
+
+
+def test_figures_by_version() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generations = [world.generate(request_id=name) for name in ("one", "two", "three")]
+            await world.settle()
+            await asyncio.sleep(0.2)
+            await engine.tokens(7, call=0)
+            await asyncio.sleep(0.1)
+            await engine.finish(8, 9, call=0)
+            await engine.fail(Busy("full"), call=1)
+            generations[2].cancel()
+            await world.settle()
+            [figures] = world.core.strategies().figures
+            assert (figures.model, figures.version) == ("m", generations[0].strategy_version)
+            assert (figures.requests, figures.errors, figures.output_tokens) == (3, 1, 3)
+            assert figures.ttft_mean == pytest.approx(0.2)
+            assert figures.jct_mean == pytest.approx(0.3)
+            assert figures.tpot_mean == pytest.approx(0.05)
+            # Buckets of the histogram: 0.1 to 0.25 s, 0.25 to 0.5 s.
+            assert (figures.ttft_p50, figures.jct_p50) == (pytest.approx(0.175), pytest.approx(0.375))
+
+    run_virtual(main())
+
+
 def test_times_tokens_and_outcomes_of_a_request() -> None:
     async def main() -> None:
         async with World() as world:
