@@ -21,6 +21,7 @@ COMMANDS = {
     "up": "run a router and engines on this machine, supervised",
     "chat": "chat with a served model in the terminal",
     "status": "show a router and its engines",
+    "top": "watch and operate the fleet in the terminal",
     "strategy": "see and change, live, what composes requests",
     "config": "check configuration files, and show what they say",
     "keys": "say who is let in on the bus",

@@ -1,0 +1,54 @@
+"""`microserve top`: watch and operate the fleet in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from microserve.runtime.async_client import AsyncClient
+from microserve.runtime.errors import MicroserveError
+from microserve.tools.common import CONNECT_TIMEOUT, add_key_option, add_router_option, command_parser
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SHORTEST = 0.1
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code: 0, or 2 where there is no terminal."""
+    parser = command_parser(
+        "top", "Watch the fleet, its requests, strategies and caches, and operate them. Press ? for keys."
+    )
+    add_router_option(parser)
+    add_key_option(parser)
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between looks (default: 1)")
+    options = parser.parse_args(argv)
+    if not options.interval >= _SHORTEST:
+        parser.error(f"--interval: at least {_SHORTEST} s, not {options.interval}")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("microserve top: needs a terminal; `microserve engines --json` does not", file=sys.stderr)
+        return 2
+    try:
+        import textual  # noqa: F401 - says so before anything is drawn
+    except ImportError:
+        print("microserve top: needs textual: pip install 'microserve[tui]'", file=sys.stderr)
+        return 1
+    try:
+        asyncio.run(_run(options.router, options.key_file, options.interval))
+    except MicroserveError as error:
+        print(f"microserve top: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(router: str, key_file: str | None, interval: float) -> None:
+    # Imported here: other commands do without textual.
+    from microserve.tools.tui.app import TopApp
+
+    client = AsyncClient(router, connect_timeout=CONNECT_TIMEOUT, key_file=key_file)
+    try:
+        await TopApp(client, router, interval=interval).run_async()
+    finally:
+        await client.close()

@@ -1,0 +1,213 @@
+"""The application: asks the router once an interval, shows what it says in one of five panes, says when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.widgets import ContentSwitcher, Footer, Static
+
+from microserve.runtime.errors import Forbidden, MicroserveError, PeerLost
+from microserve.tools.fleet_view import duration
+from microserve.tools.tui.cache import CachePane
+from microserve.tools.tui.dialogs import Help
+from microserve.tools.tui.events import EventsPane
+from microserve.tools.tui.fleet import FleetPane
+from microserve.tools.tui.model import FleetTrack, number, sparkline
+from microserve.tools.tui.requests import RequestsPane
+from microserve.tools.tui.strategies import StrategiesPane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from textual.app import ComposeResult
+
+    from microserve.runtime.async_client import AsyncClient
+    from microserve.runtime.messages import StatusReply
+    from microserve.tools.tui.pane import Pane
+
+PATIENCE = 5.0
+"""Seconds after which a router that says nothing counts as lost."""
+
+_HELP = """[b]microserve top[/b]
+
+[b]1[/b]…[b]5[/b], Tab      Fleet, Requests, Strategies, Cache, Events
+[b]↑ ↓ PgUp PgDn[/b]  move; Enter acts; the mouse does, too
+[b]/[/b]              filter (words, all of them); [b]Esc[/b] ends it
+[b]q[/b], Ctrl-C      quit
+
+[b]Fleet[/b]       [b]d[/b] drain  [b]u[/b] take work again  [b]c[/b] its cache
+            pages: [green]█[/green] owned [yellow]█[/yellow] leased [red]█[/red] quarantined [blue]▒[/blue] cached
+[b]Requests[/b]    [b]a[/b] abort  [b]e[/b] show or hide those that ended
+            a line a sub-request: which engine did what, and when
+[b]Strategies[/b]  [b]Enter[/b] edit and apply  [b]b[/b] roll back  Tab between tables
+[b]Cache[/b]       [b]\\[[/b] [b]][/b] another engine  [b]p[/b] pin  [b]u[/b] unpin  [b]m[/b] migrate
+            [b]e[/b] evict  [b]E[/b] evict all
+[b]Events[/b]      what happened, the newest at the bottom
+
+What destroys asks first. Every action is also a command:
+microserve engines, requests, strategy, cache, drain, resume, events
+"""
+
+
+class TopApp(App[None]):
+    """`client` belongs to who made it."""
+
+    CSS_PATH = "top.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    TITLE = "microserve top"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(str(index), f"show({index})", show=False) for index in range(1, 6)),
+        Binding("escape", "escape", show=False),
+        Binding("question_mark", "help", "help", key_display="?"),
+        Binding("q", "quit", "quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+    ]
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        endpoint: str,
+        *,
+        interval: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._endpoint = endpoint
+        self._interval = interval
+        self._clock = clock
+        self._track = FleetTrack()
+        self._status: StatusReply | None = None
+        self._lost_at: float | None = None
+        self._refusal = ""
+        self._due = asyncio.Event()
+        self.panes: dict[str, Pane] = {
+            "fleet": FleetPane(client, self._track, id="fleet"),
+            "requests": RequestsPane(client, id="requests-pane"),
+            "strategies": StrategiesPane(client, id="strategies"),
+            "cache": CachePane(client, id="cache"),
+            "events": EventsPane(client, id="events"),
+        }
+
+    def compose(self) -> ComposeResult:
+        yield Static("", id="router", markup=False)
+        yield Static("", id="totals", markup=False)
+        yield Static("", id="tabs")
+        yield Static("", id="banner", markup=False)
+        with ContentSwitcher(initial="fleet", id="panes"):
+            yield from self.panes.values()
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self._show_tabs()
+        self._show_head()
+        self.pane.focus_first()
+        self.run_worker(self._follow(), name="follow")
+
+    @property
+    def pane(self) -> Pane:
+        """The one that is shown."""
+        current = self.query_one("#panes", ContentSwitcher).current
+        return next(pane for pane in self.panes.values() if pane.id == current)
+
+    # --- following the router ----------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            began = self._clock()
+            await self._look()
+            self._due.clear()
+            left = self._interval - (self._clock() - began)
+            try:
+                async with asyncio.timeout(max(0.05, left)):
+                    await self._due.wait()
+            except TimeoutError:
+                continue
+
+    async def _look(self) -> None:
+        pane = self.pane
+        try:
+            async with asyncio.timeout(PATIENCE):
+                status = await self._client.status()
+                now = self._clock()
+                self._status, self._lost_at = status, None
+                self._track.see(status, now)
+                for each in self.panes.values():
+                    each.status = status
+                self._refusal = ""
+                await pane.refresh_data(now)
+        except (PeerLost, TimeoutError):
+            self._lost_at = self._lost_at if self._lost_at is not None else self._clock()
+        except Forbidden as error:
+            self._refusal = error.message
+        except MicroserveError as error:
+            # An engine that has just gone, say. What is shown stays, and the next look tells more.
+            self._refusal = error.message
+        self._show_head()
+
+    # --- what is above the panes -------------------------------------------------------------------------------------
+
+    def _show_head(self) -> None:
+        status, banner = self._status, self.query_one("#banner", Static)
+        lost = self._lost_at
+        self.query_one("#panes").set_class(lost is not None, "stale")
+        if lost is not None:
+            banner.update(f"no router answers at {self._endpoint} for {self._clock() - lost:.0f} s; trying again …")
+        else:
+            banner.update(self._refusal)
+        banner.display = bool(lost is not None or self._refusal)
+        if status is None:
+            self.query_one("#router", Static).update(f"microserve top · {self._endpoint}")
+            return
+        parts = [f"router {status.router} {status.version}", f"up {duration(status.uptime)}", status.strategy]
+        self.query_one("#router", Static).update(" · ".join([*parts, status.http] if status.http else parts))
+        states: dict[str, int] = {}
+        for engine in status.engines:
+            states[engine.state] = states.get(engine.state, 0) + 1
+        engines = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
+        totals = Text(
+            f"engines: {engines}   requests: {status.active_requests} running, {status.queued_requests} queued, "
+        )
+        totals.append(f"{number(status.requests_total)} in all   ")
+        totals.append(f"{number(self._track.tokens)} tok/s ", "bold")
+        totals.append(sparkline(self._track.history, 20), "cyan")
+        self.query_one("#totals", Static).update(totals)
+
+    def _show_tabs(self) -> None:
+        shown = self.pane
+        tabs = []
+        for index, pane in enumerate(self.panes.values(), start=1):
+            title = f"{index} {pane.title}"
+            tabs.append(
+                f"[@click=app.show({index})]{f'[reverse] {title} [/reverse]' if pane is shown else f' {title} '}[/]"
+            )
+        self.query_one("#tabs", Static).update(" ".join(tabs))
+
+    # --- keys --------------------------------------------------------------------------------------------------------
+
+    def action_show(self, index: int) -> None:
+        """Shows the pane of this number, counted from 1."""
+        pane = list(self.panes.values())[index - 1]
+        self.query_one("#panes", ContentSwitcher).current = pane.id
+        self._show_tabs()
+        pane.show()
+        pane.focus_first()
+        self._due.set()
+
+    def action_show_cache(self, engine_id: str) -> None:
+        """Shows the prefix tree of an engine."""
+        pane = self.panes["cache"]
+        if isinstance(pane, CachePane):
+            pane.choose(engine_id)
+        self.action_show(list(self.panes).index("cache") + 1)
+
+    def action_escape(self) -> None:
+        self.pane.end_filter()
+
+    def action_help(self) -> None:
+        self.push_screen(Help(_HELP))

@@ -1,0 +1,223 @@
+"""The prefix tree of one engine: its longest prefixes, who uses them, what is pinned; and moving them elsewhere."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.binding import Binding, BindingType
+from textual.markup import escape
+from textual.widgets import Static
+
+from microserve.runtime.codec import unpack_tokens
+from microserve.runtime.errors import MicroserveError
+from microserve.tools.moves import migrate
+from microserve.tools.tui.dialogs import Ask, Choose
+from microserve.tools.tui.live_table import LiveTable
+from microserve.tools.tui.model import matches, nbytes
+from microserve.tools.tui.pane import Pane
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from textual.app import ComposeResult
+
+    from microserve.runtime.async_client import AsyncClient
+    from microserve.runtime.messages import FleetEngine, PrefixEntry
+    from microserve.tools.tui.live_table import Cell
+
+_COLUMNS = ("tokens>", "pages>", "used by>", "pinned", "begins with")
+_COUNT = 40
+_EVERY = 2.0
+_BEGIN = 48
+"""Tokens of a prefix that are shown as text."""
+_TEXTS = 500
+
+
+class CachePane(Pane):
+    """The longest prefixes, longest first."""
+
+    title = "Cache"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left_square_bracket", "turn(-1)", "engine", key_display="["),
+        Binding("right_square_bracket", "turn(1)", "engine", key_display="]"),
+        Binding("p", "pin", "pin"),
+        Binding("u", "unpin", "unpin"),
+        Binding("e", "evict", "evict"),
+        Binding("E", "evict_all", "evict all"),
+        Binding("m", "migrate", "migrate"),
+    ]
+
+    def __init__(self, client: AsyncClient, *, id: str) -> None:
+        super().__init__(client, id=id)
+        self.engine_id = ""
+        self._prefixes: dict[str, PrefixEntry] = {}
+        self._texts: OrderedDict[bytes, str] = OrderedDict()
+        self._looked = -_EVERY
+
+    def compose(self) -> ComposeResult:
+        yield Static("", id="which", classes="caption")
+        yield LiveTable(id="prefixes")
+
+    def on_mount(self) -> None:
+        self.query_one(LiveTable).set_columns(_COLUMNS)
+
+    def focus_first(self) -> None:
+        self.query_one(LiveTable).focus()
+
+    @property
+    def engine(self) -> FleetEngine | None:
+        engines = self._engines()
+        return next(
+            (each for each in engines if each.info.engine_id == self.engine_id), engines[0] if engines else None
+        )
+
+    def _engines(self) -> list[FleetEngine]:
+        return sorted(self.status.engines, key=lambda each: each.info.engine_id) if self.status is not None else []
+
+    async def refresh_data(self, now: float) -> None:
+        engine = self.engine
+        if engine is None or now - self._looked < _EVERY:
+            self._show_which()
+            return
+        self._looked = now
+        name = engine.info.engine_id
+        prefixes = await self.client.engine(name).cache_prefixes(_COUNT)
+        for entry in prefixes:
+            await self._spell(entry, engine.info.model.name)
+        if self.engine is engine:
+            self.engine_id = name
+            self._prefixes = {f"{index}:{hash(entry.prompt):x}": entry for index, entry in enumerate(prefixes)}
+            self.show()
+
+    async def _spell(self, entry: PrefixEntry, model: str) -> None:
+        begin = entry.prompt[: 4 * _BEGIN]
+        if begin in self._texts:
+            self._texts.move_to_end(begin)
+            return
+        ids: list[int] = unpack_tokens(begin).tolist()
+        try:
+            text = repr(await self.client.detokenize(ids, model=model))[1:-1]
+        except MicroserveError:
+            # A model without a tokenizer: ids are what there is.
+            text = " ".join(map(str, ids))
+        self._texts[begin] = text
+        while len(self._texts) > _TEXTS:
+            self._texts.popitem(last=False)
+
+    def show(self) -> None:
+        rows: list[tuple[str, list[Cell]]] = []
+        for key, entry in self._prefixes.items():
+            text = self._texts.get(entry.prompt[: 4 * _BEGIN], "")
+            if matches(self.pattern, text):
+                pinned = Text("pinned", "yellow") if entry.pinned else Text("")
+                tokens = len(entry.prompt) // 4
+                rows.append((key, [f"{tokens:,}", f"{entry.pages:,}", str(entry.references), pinned, text]))
+        self.query_one(LiveTable).show(rows)
+        self._show_which()
+
+    def _show_which(self) -> None:
+        present = self.engine
+        names = []
+        for each in self._engines():
+            name = each.info.engine_id
+            chosen = present is not None and present.info.engine_id == name
+            shown = f"[reverse]{escape(name)}[/reverse]" if chosen else escape(name)
+            names.append(f"[@click=app.show_cache({name!r})]{shown}[/]")
+        load = present.load if present is not None else None
+        cached = f"   {load.cached_pages:,} of {load.total_pages:,} pages cached" if load is not None else ""
+        self.query_one("#which", Static).update("  ".join(names) + cached if names else "no engines")
+
+    def choose(self, engine_id: str) -> None:
+        """Shows another engine's tree."""
+        self.engine_id = engine_id
+        self._prefixes = {}
+        self._looked = -_EVERY
+        self.show()
+
+    # --- actions -----------------------------------------------------------------------------------------------------
+
+    def action_turn(self, step: int) -> None:
+        names = [each.info.engine_id for each in self._engines()]
+        present = self.engine
+        if present is not None:
+            self.choose(names[(names.index(present.info.engine_id) + step) % len(names)])
+
+    def _chosen(self) -> tuple[str, list[int]] | None:
+        """The engine and the prefix under the cursor."""
+        key = self.query_one(LiveTable).selected
+        engine = self.engine
+        if key is None or engine is None or key not in self._prefixes:
+            return None
+        ids: list[int] = unpack_tokens(self._prefixes[key].prompt).tolist()
+        return engine.info.engine_id, ids
+
+    @work
+    async def action_pin(self) -> None:
+        chosen = self._chosen()
+        if chosen is None:
+            return
+        name, ids = chosen
+        answer = await self.app.push_screen_wait(
+            Ask(f"Keep {len(ids):,} tokens on {name} for how many seconds?", "3600", _ttl)
+        )
+        if answer is not None:
+            self.act("pinned", lambda: self._counted(self.client.engine(name).cache_pin(ids, float(answer)), "tokens"))
+
+    def action_unpin(self) -> None:
+        chosen = self._chosen()
+        if chosen is not None:
+            name, ids = chosen
+            self.act("unpinned", lambda: self._counted(self.client.engine(name).cache_unpin(ids), "tokens"))
+
+    def action_evict(self) -> None:
+        chosen = self._chosen()
+        if chosen is not None:
+            name, ids = chosen
+            ask = f"Evict this prefix of {len(ids):,} tokens from {name}? Who needs it again computes it again."
+            evict = self.client.engine(name).cache_evict
+            self.act("evicted", lambda: self._counted(evict(ids), "pages"), ask=ask, yes="Evict")
+
+    def action_evict_all(self) -> None:
+        engine = self.engine
+        if engine is not None:
+            name = engine.info.engine_id
+            ask = f"Evict all of {name}'s cache that is neither used nor pinned?"
+            evict = self.client.engine(name).cache_evict
+            self.act("evicted", lambda: self._counted(evict(), "pages"), ask=ask, yes="Evict all")
+
+    @work
+    async def action_migrate(self) -> None:
+        chosen = self._chosen()
+        if chosen is None:
+            return
+        name, ids = chosen
+        others = [each.info.engine_id for each in self._engines() if each.info.engine_id != name]
+        if not others:
+            self.app.notify("there is no other engine", severity="warning")
+            return
+        target = await self.app.push_screen_wait(Choose(f"Move {len(ids):,} tokens from {name} to:", others))
+        if target is None:
+            return
+        self.app.notify(f"moving {len(ids):,} tokens to {target} …", markup=False)
+
+        async def move() -> str:
+            moved = await migrate(self.client, name, target, ids)
+            return f"{moved.tokens:,} tokens, {nbytes(moved.bytes)} in {moved.seconds:.2f} s"
+
+        self.act(f"{name} → {target}", move)
+
+    async def _counted(self, call: Awaitable[int], unit: str) -> str:
+        count = await call
+        self._looked = -_EVERY
+        return f"{count:,} {unit}"
+
+
+def _ttl(text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return f"{text!r} is no number of seconds"
+    return "" if 0 < value <= 31_536_000 else "seconds, above 0 and at most a year"

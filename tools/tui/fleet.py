@@ -1,0 +1,199 @@
+"""The fleet: every engine a row, and the one under the cursor in detail, with its links to others."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.binding import Binding, BindingType
+from textual.widgets import DataTable, Static
+
+from microserve.runtime.errors import MicroserveError
+from microserve.tools.fleet_view import duration, percent
+from microserve.tools.tui.live_table import LiveTable
+from microserve.tools.tui.model import (
+    FleetTrack,
+    LinkTrack,
+    engine_words,
+    matches,
+    nbytes,
+    number,
+    pool_bar,
+    pool_words,
+    sparkline,
+    state_text,
+)
+from microserve.tools.tui.pane import Pane
+
+if TYPE_CHECKING:
+    from textual import events
+    from textual.app import ComposeResult
+
+    from microserve.runtime.async_client import AsyncClient
+    from microserve.runtime.messages import FleetEngine, InfoReply, PeerLink
+    from microserve.tools.tui.live_table import Cell
+
+_NARROW = ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "a minute", "hits>")
+_WIDE = ("engine", "state", "model", "run>", "wait>", "KV pages", "tok/s>", "a minute", "hits>", "prefill/s>",
+         "sent/s>", "recv/s>", "epoch", "up>")  # fmt: skip
+_WIDE_FROM = 120
+_MOST_LINKS = 5
+
+
+class FleetPane(Pane):
+    """Engines by name."""
+
+    title = "Fleet"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("d", "drain", "drain"),
+        Binding("u", "resume", "resume"),
+        Binding("c", "cache", "its cache"),
+    ]
+
+    def __init__(self, client: AsyncClient, track: FleetTrack, *, id: str) -> None:
+        super().__init__(client, id=id)
+        self._track = track
+        self._links = LinkTrack()
+        self._info: InfoReply | None = None
+        self._trouble = ""
+
+    def compose(self) -> ComposeResult:
+        yield LiveTable(id="engines")
+        yield Static("", id="engine", classes="details", markup=False)
+
+    def on_mount(self) -> None:
+        self._set_columns(self.app.size.width)
+
+    def on_resize(self, event: events.Resize) -> None:
+        self._set_columns(event.size.width)
+        self.show()
+
+    def focus_first(self) -> None:
+        self.query_one(LiveTable).focus()
+
+    def _set_columns(self, width: int) -> None:
+        self._wide = width >= _WIDE_FROM
+        self._bar = 24 if self._wide else 12
+        self.query_one(LiveTable).set_columns(_WIDE if self._wide else _NARROW)
+
+    async def refresh_data(self, now: float) -> None:
+        self.show()
+        engine = self.selected
+        if engine is None:
+            self._info = None
+            return
+        try:
+            # Only of the one that is shown: a hundred engines are not asked every second.
+            info = await self.client.engine(engine.info.engine_id).info()
+        except MicroserveError as error:
+            self._info, self._trouble = None, error.message
+        else:
+            self._info, self._trouble = info, ""
+            self._links.see((info.info.engine_id, info.info.epoch), info.links, now)
+        self._show_details()
+
+    def show(self) -> None:
+        if self.status is None:
+            return
+        rows = [
+            (engine.info.engine_id, self._row(engine))
+            for engine in sorted(self.status.engines, key=lambda each: each.info.engine_id)
+            if matches(self.pattern, engine.info.engine_id, engine.state, engine.info.model.name, *_labels(engine))
+        ]
+        self.query_one(LiveTable).show(rows)
+        self._show_details()
+
+    @property
+    def selected(self) -> FleetEngine | None:
+        """The engine under the cursor."""
+        key = self.query_one(LiveTable).selected
+        return next((each for each in self.status.engines if each.info.engine_id == key), None) if self.status else None
+
+    def _row(self, engine: FleetEngine) -> list[Cell]:
+        load, info = engine.load, engine.info
+        track = self._track.track(info.engine_id)
+        rates = track.rates
+        front: list[Cell] = [info.engine_id, state_text(engine.state)]
+        middle: list[Cell] = [
+            f"{load.running}/{info.max_running}",
+            str(load.waiting),
+            pool_bar(load, self._bar),
+            number(rates.tokens),
+            Text(sparkline(track.history, self._bar if self._wide else 10), "cyan"),
+            percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
+        ]
+        if not self._wide:
+            return front + middle
+        up = duration(max(0.0, time.time() - info.started_at)) if info.started_at else "-"
+        tail: list[Cell] = [
+            number(rates.prefilled),
+            nbytes(rates.sent),
+            nbytes(rates.received),
+            f"{info.epoch:x}",
+            up,
+        ]
+        return [*front, info.model.name, *middle, *tail]
+
+    @on(DataTable.RowHighlighted)
+    def _moved(self) -> None:
+        self._info = None
+        self._show_details()
+
+    def _show_details(self) -> None:
+        engine = self.selected
+        details = self.query_one("#engine", Static)
+        if engine is None:
+            hint = "no engine has this filter" if self.pattern else "no engines; start one with `microserve engine`"
+            details.update("" if self.status is None else hint)
+            return
+        lines = [Text(line) for line in engine_words(engine, time.time())]
+        lines.append(Text(f"KV pages: {pool_words(engine.load)}"))
+        info = self._info
+        if info is not None and info.info.engine_id == engine.info.engine_id:
+            lines += [self._link_line(link) for link in info.links[:_MOST_LINKS]]
+            if len(info.links) > _MOST_LINKS:
+                lines.append(
+                    Text(f"… and {len(info.links) - _MOST_LINKS} more: microserve engines {engine.info.engine_id}")
+                )
+        elif self._trouble:
+            lines.append(Text(self._trouble, "red"))
+        details.update(Text("\n").join(lines))
+
+    def _link_line(self, link: PeerLink) -> Text:
+        sent, received = self._links.rates.get(link.engine_id, (0.0, 0.0))
+        line = Text("→ ")
+        line.append(f"{link.engine_id} ")
+        line.append_text(state_text(link.state))
+        if link.state != "ready":
+            return line.append(f" {link.detail}", "dim")
+        line.append(f" {link.transport} {link.gigabytes_per_second:.3g} GB/s measured", "dim")
+        line.append(f"  sent {nbytes(link.sent_bytes)} ({nbytes(sent)}/s)  received {nbytes(received)}/s")
+        if link.failures:
+            line.append(f"  {link.failures} failed", "red")
+        return line
+
+    # --- actions -----------------------------------------------------------------------------------------------------
+
+    def action_drain(self) -> None:
+        engine = self.selected
+        if engine is not None:
+            name = engine.info.engine_id
+            live = engine.load.running + engine.load.waiting
+            ask = f"Drain engine {name}? It finishes {live} requests and takes no more."
+            self.act(f"{name} drains", self.client.engine(name).drain, ask=ask, yes="Drain")
+
+    def action_resume(self) -> None:
+        engine = self.selected
+        if engine is not None:
+            self.act(f"{engine.info.engine_id} takes work", self.client.engine(engine.info.engine_id).resume)
+
+    def action_cache(self) -> None:
+        engine = self.selected
+        if engine is not None:
+            self.app.call_later(self.app.run_action, f"app.show_cache({engine.info.engine_id!r})")
+
+
+def _labels(engine: FleetEngine) -> list[str]:
+    return [f"{name}={value}" for name, value in engine.info.labels.items()]

@@ -1,0 +1,131 @@
+"""Requests: what runs and waits, oldest first, then what has ended lately; the one under the cursor as a timeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.binding import Binding, BindingType
+from textual.widgets import DataTable, Static
+
+from microserve.tools.tui.live_table import LiveTable
+from microserve.tools.tui.model import matches, seconds, state_text, timeline
+from microserve.tools.tui.pane import Pane
+
+if TYPE_CHECKING:
+    from textual.app import ComposeResult
+
+    from microserve.runtime.async_client import AsyncClient
+    from microserve.runtime.messages import RequestInfo, Requests
+    from microserve.tools.tui.live_table import Cell
+
+_COLUMNS = ("request", "state", "age>", "prompt>", "cached>", "out>", "TTFT>", "engines", "strategy", "model")
+_MOST = 200
+_RECENT = 50
+
+
+class RequestsPane(Pane):
+    """Choices of requests, by arrival."""
+
+    title = "Requests"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("a", "abort", "abort"),
+        Binding("e", "ended", "show/hide ended"),
+    ]
+
+    def __init__(self, client: AsyncClient, *, id: str) -> None:
+        super().__init__(client, id=id)
+        self._seen: Requests | None = None
+        self._ended = True
+
+    def compose(self) -> ComposeResult:
+        table = LiveTable(id="requests")
+        yield table
+        yield Static("", id="timeline", classes="details", markup=False)
+
+    def on_mount(self) -> None:
+        self.query_one(LiveTable).set_columns(_COLUMNS)
+
+    def focus_first(self) -> None:
+        self.query_one(LiveTable).focus()
+
+    async def refresh_data(self, now: float) -> None:
+        self._seen = await self.client.requests(recent=_RECENT, limit=_MOST)
+        self.show()
+
+    def show(self) -> None:
+        if self._seen is None:
+            return
+        rows = [
+            (key, _row(each))
+            for key, each in self._listed().items()
+            if matches(self.pattern, each.request_id, each.state, each.model, each.strategy, *each.engines)
+        ]
+        self.query_one(LiveTable).show(rows)
+        self._show_timeline()
+
+    def _listed(self) -> dict[str, RequestInfo]:
+        if self._seen is None:
+            return {}
+        # A client may give one name to several requests; those that ended are told apart by when.
+        found = {f"{each.request_id}/{index}": each for index, each in enumerate(self._seen.requests)}
+        if self._ended:
+            found |= {
+                f"{each.request_id}/-{each.age - (each.ended or 0):.6f}/{index}": each
+                for index, each in enumerate(self._seen.recent)
+            }
+        return found
+
+    @property
+    def selected(self) -> RequestInfo | None:
+        """The request under the cursor."""
+        key = self.query_one(LiveTable).selected
+        return self._listed().get(key) if key is not None else None
+
+    @on(DataTable.RowHighlighted)
+    def _show_timeline(self) -> None:
+        request = self.selected
+        panel = self.query_one("#timeline", Static)
+        if request is None:
+            panel.update("no requests" if self._seen is not None and not self.pattern else "")
+            return
+        lines = timeline(request, self.size.width)
+        if request.error:
+            lines.append(Text(request.error, "red"))
+        panel.update(Text("\n").join(lines))
+
+    # --- actions -----------------------------------------------------------------------------------------------------
+
+    def action_abort(self) -> None:
+        request = self.selected
+        if request is None:
+            return
+        if request.state not in ("running", "queued"):
+            self.app.notify("this request has ended", severity="warning")
+            return
+        name = request.request_id
+
+        async def abort() -> str:
+            return {"freed": "ended", "unknown": "has ended already"}[await self.client.abort(name)]
+
+        self.act(name, abort, ask=f"Abort request {name}? Its caller gets an error.", yes="Abort")
+
+    def action_ended(self) -> None:
+        self._ended = not self._ended
+        self.show()
+
+
+def _row(request: RequestInfo) -> list[Cell]:
+    return [
+        request.request_id,
+        state_text(request.state),
+        seconds(request.age if request.ended is None else request.ended),
+        f"{request.prompt_tokens:,}",
+        f"{request.cached_tokens:,}",
+        f"{request.output_tokens:,}",
+        seconds(request.first_token),
+        ", ".join(request.engines) or "-",
+        request.strategy,
+        request.model,
+    ]
