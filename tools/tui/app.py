@@ -33,24 +33,21 @@ if TYPE_CHECKING:
 PATIENCE = 5.0
 """Seconds after which a router that says nothing counts as lost."""
 
-_HELP = """[b]microserve top[/b]
-
-[b]1[/b]…[b]5[/b], Tab      Fleet, Requests, Strategies, Cache, Events
-[b]↑ ↓ PgUp PgDn[/b]  move; Enter acts; the mouse does, too
-[b]/[/b]              filter (words, all of them); [b]Esc[/b] ends it
-[b]q[/b], Ctrl-C      quit
+_HELP = """[b]1[/b]…[b]5[/b]         the panes; Tab between the tables of one
+[b]↑ ↓ Enter[/b]     move, act; the mouse does, too
+[b]/[/b]           filter: words, all of them; [b]Esc[/b] ends it
+[b]q[/b], Ctrl-C   quit
 
 [b]Fleet[/b]       [b]d[/b] drain  [b]u[/b] take work again  [b]c[/b] its cache
-            pages: [green]█[/green] owned [yellow]█[/yellow] leased [red]█[/red] quarantined [blue]▒[/blue] cached
+  pages:    [green]█[/green] owned [yellow]█[/yellow] leased [red]█[/red] quarantined [blue]▒[/blue] cached
 [b]Requests[/b]    [b]a[/b] abort  [b]e[/b] show or hide those that ended
-            a line a sub-request: which engine did what, and when
-[b]Strategies[/b]  [b]Enter[/b] edit and apply  [b]b[/b] roll back  Tab between tables
-[b]Cache[/b]       [b]\\[[/b] [b]][/b] another engine  [b]p[/b] pin  [b]u[/b] unpin  [b]m[/b] migrate
-            [b]e[/b] evict  [b]E[/b] evict all
+[b]Strategies[/b]  [b]e[/b] edit and apply  [b]b[/b] roll back
+[b]Cache[/b]       [b]\\[[/b] [b]][/b] another engine  [b]p[/b] pin  [b]u[/b] unpin
+            [b]m[/b] migrate  [b]e[/b] evict  [b]E[/b] evict all
 [b]Events[/b]      what happened, the newest at the bottom
 
-What destroys asks first. Every action is also a command:
-microserve engines, requests, strategy, cache, drain, resume, events
+What destroys asks first. Every action is a command, too:
+microserve engines, requests, strategy, cache, drain …
 """
 
 
@@ -93,14 +90,15 @@ class TopApp(App[None]):
             "cache": CachePane(client, id="cache"),
             "events": EventsPane(client, id="events"),
         }
+        # Held, not looked up: an answer may come while the screen is being taken down.
+        self._router = Static("", id="router", markup=False)
+        self._totals = Static("", id="totals", markup=False)
+        self._tabs = Static("", id="tabs")
+        self._banner = Static("", id="banner", markup=False)
+        self._switcher = ContentSwitcher(*self.panes.values(), initial="fleet", id="panes")
 
     def compose(self) -> ComposeResult:
-        yield Static("", id="router", markup=False)
-        yield Static("", id="totals", markup=False)
-        yield Static("", id="tabs")
-        yield Static("", id="banner", markup=False)
-        with ContentSwitcher(initial="fleet", id="panes"):
-            yield from self.panes.values()
+        yield from (self._router, self._totals, self._tabs, self._banner, self._switcher)
         yield Footer()
 
     def on_mount(self) -> None:
@@ -112,8 +110,7 @@ class TopApp(App[None]):
     @property
     def pane(self) -> Pane:
         """The one that is shown."""
-        current = self.query_one("#panes", ContentSwitcher).current
-        return next(pane for pane in self.panes.values() if pane.id == current)
+        return next(pane for pane in self.panes.values() if pane.id == self._switcher.current)
 
     # --- following the router ----------------------------------------------------------------------------------------
 
@@ -153,19 +150,19 @@ class TopApp(App[None]):
     # --- what is above the panes -------------------------------------------------------------------------------------
 
     def _show_head(self) -> None:
-        status, banner = self._status, self.query_one("#banner", Static)
+        status, banner = self._status, self._banner
         lost = self._lost_at
-        self.query_one("#panes").set_class(lost is not None, "stale")
+        self._switcher.set_class(lost is not None, "stale")
         if lost is not None:
             banner.update(f"no router answers at {self._endpoint} for {self._clock() - lost:.0f} s; trying again …")
         else:
             banner.update(self._refusal)
         banner.display = bool(lost is not None or self._refusal)
         if status is None:
-            self.query_one("#router", Static).update(f"microserve top · {self._endpoint}")
+            self._router.update(f"microserve top · {self._endpoint}")
             return
         parts = [f"router {status.router} {status.version}", f"up {duration(status.uptime)}", status.strategy]
-        self.query_one("#router", Static).update(" · ".join([*parts, status.http] if status.http else parts))
+        self._router.update(" · ".join([*parts, status.http] if status.http else parts))
         states: dict[str, int] = {}
         for engine in status.engines:
             states[engine.state] = states.get(engine.state, 0) + 1
@@ -176,7 +173,7 @@ class TopApp(App[None]):
         totals.append(f"{number(status.requests_total)} in all   ")
         totals.append(f"{number(self._track.tokens)} tok/s ", "bold")
         totals.append(sparkline(self._track.history, 20), "cyan")
-        self.query_one("#totals", Static).update(totals)
+        self._totals.update(totals)
 
     def _show_tabs(self) -> None:
         shown = self.pane
@@ -186,14 +183,14 @@ class TopApp(App[None]):
             tabs.append(
                 f"[@click=app.show({index})]{f'[reverse] {title} [/reverse]' if pane is shown else f' {title} '}[/]"
             )
-        self.query_one("#tabs", Static).update(" ".join(tabs))
+        self._tabs.update(" ".join(tabs))
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def action_show(self, index: int) -> None:
         """Shows the pane of this number, counted from 1."""
         pane = list(self.panes.values())[index - 1]
-        self.query_one("#panes", ContentSwitcher).current = pane.id
+        self._switcher.current = pane.id
         self._show_tabs()
         pane.show()
         pane.focus_first()

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, PrefixEntry
     from microserve.tools.tui.live_table import Cell
 
-_COLUMNS = ("tokens>", "pages>", "used by>", "pinned", "begins with")
+_COLUMNS = ("tokens>", "pages>", "used by>", "pinned", "begins and ends with")
 _COUNT = 40
 _EVERY = 2.0
-_BEGIN = 48
-"""Tokens of a prefix that are shown as text."""
+_ENDS = 24
+"""Tokens at either end of a prefix that are shown as text."""
 _TEXTS = 500
 
 
@@ -56,16 +56,18 @@ class CachePane(Pane):
         self._prefixes: dict[str, PrefixEntry] = {}
         self._texts: OrderedDict[bytes, str] = OrderedDict()
         self._looked = -_EVERY
+        self._which = Static("", id="which", classes="caption")
+        self._table = LiveTable(id="prefixes")
 
     def compose(self) -> ComposeResult:
-        yield Static("", id="which", classes="caption")
-        yield LiveTable(id="prefixes")
+        yield self._which
+        yield self._table
 
     def on_mount(self) -> None:
-        self.query_one(LiveTable).set_columns(_COLUMNS)
+        self._table.set_columns(_COLUMNS)
 
     def focus_first(self) -> None:
-        self.query_one(LiveTable).focus()
+        self._table.focus()
 
     @property
     def engine(self) -> FleetEngine | None:
@@ -86,36 +88,36 @@ class CachePane(Pane):
         name = engine.info.engine_id
         prefixes = await self.client.engine(name).cache_prefixes(_COUNT)
         for entry in prefixes:
-            await self._spell(entry, engine.info.model.name)
+            for end in _ends(entry):
+                await self._spell(end, engine.info.model.name)
         if self.engine is engine:
             self.engine_id = name
             self._prefixes = {f"{index}:{hash(entry.prompt):x}": entry for index, entry in enumerate(prefixes)}
             self.show()
 
-    async def _spell(self, entry: PrefixEntry, model: str) -> None:
-        begin = entry.prompt[: 4 * _BEGIN]
-        if begin in self._texts:
-            self._texts.move_to_end(begin)
+    async def _spell(self, tokens: bytes, model: str) -> None:
+        if tokens in self._texts:
+            self._texts.move_to_end(tokens)
             return
-        ids: list[int] = unpack_tokens(begin).tolist()
+        ids: list[int] = unpack_tokens(tokens).tolist()
         try:
             text = repr(await self.client.detokenize(ids, model=model))[1:-1]
         except MicroserveError:
             # A model without a tokenizer: ids are what there is.
             text = " ".join(map(str, ids))
-        self._texts[begin] = text
+        self._texts[tokens] = text
         while len(self._texts) > _TEXTS:
             self._texts.popitem(last=False)
 
     def show(self) -> None:
         rows: list[tuple[str, list[Cell]]] = []
         for key, entry in self._prefixes.items():
-            text = self._texts.get(entry.prompt[: 4 * _BEGIN], "")
+            text = " … ".join(self._texts.get(end, "") for end in _ends(entry))
             if matches(self.pattern, text):
                 pinned = Text("pinned", "yellow") if entry.pinned else Text("")
                 tokens = len(entry.prompt) // 4
                 rows.append((key, [f"{tokens:,}", f"{entry.pages:,}", str(entry.references), pinned, text]))
-        self.query_one(LiveTable).show(rows)
+        self._table.show(rows)
         self._show_which()
 
     def _show_which(self) -> None:
@@ -128,7 +130,7 @@ class CachePane(Pane):
             names.append(f"[@click=app.show_cache({name!r})]{shown}[/]")
         load = present.load if present is not None else None
         cached = f"   {load.cached_pages:,} of {load.total_pages:,} pages cached" if load is not None else ""
-        self.query_one("#which", Static).update("  ".join(names) + cached if names else "no engines")
+        self._which.update("  ".join(names) + cached if names else "no engines")
 
     def choose(self, engine_id: str) -> None:
         """Shows another engine's tree."""
@@ -147,7 +149,7 @@ class CachePane(Pane):
 
     def _chosen(self) -> tuple[str, list[int]] | None:
         """The engine and the prefix under the cursor."""
-        key = self.query_one(LiveTable).selected
+        key = self._table.selected
         engine = self.engine
         if key is None or engine is None or key not in self._prefixes:
             return None
@@ -213,6 +215,11 @@ class CachePane(Pane):
         count = await call
         self._looked = -_EVERY
         return f"{count:,} {unit}"
+
+
+def _ends(entry: PrefixEntry) -> list[bytes]:
+    size = 4 * _ENDS
+    return [entry.prompt] if len(entry.prompt) <= 2 * size else [entry.prompt[:size], entry.prompt[-size:]]
 
 
 def _ttl(text: str) -> str:

@@ -32,12 +32,13 @@ class EventsPane(Pane):
         super().__init__(client, id=id)
         self._events: deque[FleetEvent] = deque(maxlen=_MOST)
         self._last = 0
+        self._log = RichLog(id="log", max_lines=_MOST, wrap=False, highlight=False, markup=False)
 
     def compose(self) -> ComposeResult:
-        yield RichLog(id="log", max_lines=_MOST, wrap=False, highlight=False, markup=False)
+        yield self._log
 
     def focus_first(self) -> None:
-        self.query_one(RichLog).focus()
+        self._log.focus()
 
     async def refresh_data(self, now: float) -> None:
         found = await self.client.events(after=self._last, limit=_MOST)
@@ -50,14 +51,13 @@ class EventsPane(Pane):
         self._write(found.events)
 
     def show(self) -> None:
-        self.query_one(RichLog).clear()
+        self._log.clear()
         self._write(list(self._events))
 
     def _write(self, events: Sequence[FleetEvent]) -> None:
-        log = self.query_one(RichLog)
         for event in events:
             if matches(self.pattern, event.kind, event.engine, event.detail):
-                log.write(_line(event))
+                self._log.write(_line(event))
 
 
 def _line(event: FleetEvent) -> Text:

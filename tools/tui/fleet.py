@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, InfoReply, PeerLink
     from microserve.tools.tui.live_table import Cell
 
-_NARROW = ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "a minute", "hits>")
-_WIDE = ("engine", "state", "model", "run>", "wait>", "KV pages", "tok/s>", "a minute", "hits>", "prefill/s>",
+_NARROW = ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>")
+_WIDE = ("engine", "state", "model", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>", "prefill/s>",
          "sent/s>", "recv/s>", "epoch", "up>")  # fmt: skip
 _WIDE_FROM = 120
 _MOST_LINKS = 5
@@ -58,10 +58,13 @@ class FleetPane(Pane):
         self._links = LinkTrack()
         self._info: InfoReply | None = None
         self._trouble = ""
+        # Held, not looked up: an answer may come while the screen is being taken down.
+        self._table = LiveTable(id="engines")
+        self._details = Static("", id="engine", classes="details", markup=False)
 
     def compose(self) -> ComposeResult:
-        yield LiveTable(id="engines")
-        yield Static("", id="engine", classes="details", markup=False)
+        yield self._table
+        yield self._details
 
     def on_mount(self) -> None:
         self._set_columns(self.app.size.width)
@@ -71,12 +74,12 @@ class FleetPane(Pane):
         self.show()
 
     def focus_first(self) -> None:
-        self.query_one(LiveTable).focus()
+        self._table.focus()
 
     def _set_columns(self, width: int) -> None:
         self._wide = width >= _WIDE_FROM
         self._bar = 24 if self._wide else 12
-        self.query_one(LiveTable).set_columns(_WIDE if self._wide else _NARROW)
+        self._table.set_columns(_WIDE if self._wide else _NARROW)
 
     async def refresh_data(self, now: float) -> None:
         self.show()
@@ -102,13 +105,13 @@ class FleetPane(Pane):
             for engine in sorted(self.status.engines, key=lambda each: each.info.engine_id)
             if matches(self.pattern, engine.info.engine_id, engine.state, engine.info.model.name, *_labels(engine))
         ]
-        self.query_one(LiveTable).show(rows)
+        self._table.show(rows)
         self._show_details()
 
     @property
     def selected(self) -> FleetEngine | None:
         """The engine under the cursor."""
-        key = self.query_one(LiveTable).selected
+        key = self._table.selected
         return next((each for each in self.status.engines if each.info.engine_id == key), None) if self.status else None
 
     def _row(self, engine: FleetEngine) -> list[Cell]:
@@ -143,13 +146,12 @@ class FleetPane(Pane):
 
     def _show_details(self) -> None:
         engine = self.selected
-        details = self.query_one("#engine", Static)
         if engine is None:
             hint = "no engine has this filter" if self.pattern else "no engines; start one with `microserve engine`"
-            details.update("" if self.status is None else hint)
+            self._details.update("" if self.status is None else hint)
             return
         lines = [Text(line) for line in engine_words(engine, time.time())]
-        lines.append(Text(f"KV pages: {pool_words(engine.load)}"))
+        lines.append(Text(pool_words(engine.load)))
         info = self._info
         if info is not None and info.info.engine_id == engine.info.engine_id:
             lines += [self._link_line(link) for link in info.links[:_MOST_LINKS]]
@@ -159,7 +161,7 @@ class FleetPane(Pane):
                 )
         elif self._trouble:
             lines.append(Text(self._trouble, "red"))
-        details.update(Text("\n").join(lines))
+        self._details.update(Text("\n").join(lines))
 
     def _link_line(self, link: PeerLink) -> Text:
         sent, received = self._links.rates.get(link.engine_id, (0.0, 0.0))

@@ -188,9 +188,10 @@ def pool_bar(load: Load, width: int) -> Text:
 
 
 def pool_words(load: Load) -> str:
-    """The same as numbers."""
+    """The same in numbers."""
     names = ("owned", "leased", "quarantined", "cached", "free")
-    return "  ".join(f"{name} {getattr(load, name + '_pages'):,}" for name in names) + f"  of {load.total_pages:,}"
+    counts = (f"{getattr(load, name + '_pages'):,} {name}" for name in names)
+    return f"{load.total_pages:,} pages: {', '.join(counts)}"
 
 
 def state_text(state: str) -> Text:

@@ -38,17 +38,18 @@ class RequestsPane(Pane):
         super().__init__(client, id=id)
         self._seen: Requests | None = None
         self._ended = True
+        self._table = LiveTable(id="requests")
+        self._timeline = Static("", id="timeline", classes="details", markup=False)
 
     def compose(self) -> ComposeResult:
-        table = LiveTable(id="requests")
-        yield table
-        yield Static("", id="timeline", classes="details", markup=False)
+        yield self._table
+        yield self._timeline
 
     def on_mount(self) -> None:
-        self.query_one(LiveTable).set_columns(_COLUMNS)
+        self._table.set_columns(_COLUMNS)
 
     def focus_first(self) -> None:
-        self.query_one(LiveTable).focus()
+        self._table.focus()
 
     async def refresh_data(self, now: float) -> None:
         self._seen = await self.client.requests(recent=_RECENT, limit=_MOST)
@@ -62,7 +63,7 @@ class RequestsPane(Pane):
             for key, each in self._listed().items()
             if matches(self.pattern, each.request_id, each.state, each.model, each.strategy, *each.engines)
         ]
-        self.query_one(LiveTable).show(rows)
+        self._table.show(rows)
         self._show_timeline()
 
     def _listed(self) -> dict[str, RequestInfo]:
@@ -80,20 +81,19 @@ class RequestsPane(Pane):
     @property
     def selected(self) -> RequestInfo | None:
         """The request under the cursor."""
-        key = self.query_one(LiveTable).selected
+        key = self._table.selected
         return self._listed().get(key) if key is not None else None
 
     @on(DataTable.RowHighlighted)
     def _show_timeline(self) -> None:
         request = self.selected
-        panel = self.query_one("#timeline", Static)
         if request is None:
-            panel.update("no requests" if self._seen is not None and not self.pattern else "")
+            self._timeline.update("no requests" if self._seen is not None and not self.pattern else "")
             return
         lines = timeline(request, self.size.width)
         if request.error:
             lines.append(Text(request.error, "red"))
-        panel.update(Text("\n").join(lines))
+        self._timeline.update(Text("\n").join(lines))
 
     # --- actions -----------------------------------------------------------------------------------------------------
 

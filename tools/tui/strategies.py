@@ -35,7 +35,7 @@ class StrategiesPane(Pane):
 
     title = "Strategies"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "edit", "edit and apply"),
+        Binding("e", "edit", "edit and apply"),
         Binding("b", "roll_back", "roll back"),
     ]
 
@@ -43,23 +43,27 @@ class StrategiesPane(Pane):
         super().__init__(client, id=id)
         self._seen: Strategies | None = None
         self._looked = -_EVERY
+        self._versions = LiveTable(id="versions")
+        self._choices = LiveTable(id="choices")
+        self._history = LiveTable(id="history")
+        self._problems = Static("", id="problems", classes="details", markup=False)
 
     def compose(self) -> ComposeResult:
         yield Static("serving: times are means and percentiles since the router's start", classes="caption")
-        yield LiveTable(id="versions")
+        yield self._versions
         yield Static("to choose from: Enter edits and applies", classes="caption")
-        yield LiveTable(id="choices")
+        yield self._choices
         yield Static("history: b rolls back the change under the cursor, and those after it", classes="caption")
-        yield LiveTable(id="history")
-        yield Static("", id="problems", classes="details", markup=False)
+        yield self._history
+        yield self._problems
 
     def on_mount(self) -> None:
-        self.query_one("#versions", LiveTable).set_columns(_SERVING)
-        self.query_one("#choices", LiveTable).set_columns(("strategy", "settings", "what it does", "source"))
-        self.query_one("#history", LiveTable).set_columns(("change>", "at", "model", "serves", "why"))
+        self._versions.set_columns(_SERVING)
+        self._choices.set_columns(("strategy", "settings", "what it does", "source"))
+        self._history.set_columns(("change>", "at", "model", "serves", "why"))
 
     def focus_first(self) -> None:
-        self.query_one("#choices", LiveTable).focus()
+        self._choices.focus()
 
     async def refresh_data(self, now: float) -> None:
         if now - self._looked >= _EVERY:
@@ -74,13 +78,13 @@ class StrategiesPane(Pane):
         seen = self._seen
         if seen is None:
             return
-        self.query_one("#versions", LiveTable).show(_version_rows(seen))
+        self._versions.show(_version_rows(seen))
         choices = [
             (each.name, [each.name, _settings({s.name: s.default for s in each.settings}), each.summary, each.source])
             for each in seen.strategies
             if matches(self.pattern, each.name, each.summary, each.source)
         ]
-        self.query_one("#choices", LiveTable).show(choices)
+        self._choices.show(choices)
         history = [
             (
                 str(change.number),
@@ -94,8 +98,8 @@ class StrategiesPane(Pane):
             )
             for change in seen.history
         ]
-        self.query_one("#history", LiveTable).show(history)
-        self.query_one("#problems", Static).update(Text("\n".join(seen.problems), "red"))
+        self._history.show(history)
+        self._problems.update(Text("\n".join(seen.problems), "red"))
 
     # --- actions -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ class StrategiesPane(Pane):
 
     @work
     async def _edit(self) -> None:
-        name = self.query_one("#choices", LiveTable).selected
+        name = self._choices.selected
         seen = self._seen
         strategy = next((each for each in seen.strategies if each.name == name), None) if seen is not None else None
         if strategy is None or seen is None:
@@ -125,7 +129,7 @@ class StrategiesPane(Pane):
         seen = self._seen
         if seen is None or not seen.history:
             return
-        table = self.query_one("#history", LiveTable)
+        table = self._history
         change = seen.history[0]
         if table.has_focus and table.selected is not None:
             change = next((each for each in seen.history if str(each.number) == table.selected), change)
