@@ -105,7 +105,7 @@ def test_the_fleet_with_its_links(cluster: Cluster, size: tuple[int, int]) -> No
             assert "2 ready" in shown
             assert max(map(len, shown.splitlines())) <= size[0]
             # A window that grows gets the wide table.
-            await it.pilot.resize_terminal(150, 40)
+            await it.pilot.resize_terminal(170, 40)
             await it.until(lambda: len(it.rows("engines")[0]) == 14, "the wide table")
 
     asyncio.run(main())

@@ -35,10 +35,14 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, InfoReply, PeerLink
     from microserve.tools.tui.live_table import Cell
 
-_NARROW = ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>")
-_WIDE = ("engine", "state", "model", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>", "prefill/s>",
-         "sent/s>", "recv/s>", "epoch", "up>")  # fmt: skip
-_WIDE_FROM = 120
+_ALL = ("engine", "state", "model", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>", "prefill/s>",
+        "sent/s>", "recv/s>", "epoch", "up>")  # fmt: skip
+_WIDTHS = (
+    (160, 20, _ALL),
+    (116, 12, tuple(name for name in _ALL if name not in ("prefill/s>", "epoch"))),
+    (0, 12, ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>")),
+)
+"""From which width on, how wide a bar is, and which columns fit. The details below have the rest."""
 _MOST_LINKS = 5
 
 
@@ -77,9 +81,8 @@ class FleetPane(Pane):
         self._table.focus()
 
     def _set_columns(self, width: int) -> None:
-        self._wide = width >= _WIDE_FROM
-        self._bar = 24 if self._wide else 12
-        self._table.set_columns(_WIDE if self._wide else _NARROW)
+        self._bar, self._columns = next((bar, columns) for least, bar, columns in _WIDTHS if width >= least)
+        self._table.set_columns(self._columns)
 
     async def refresh_data(self, now: float) -> None:
         self.show()
@@ -118,26 +121,23 @@ class FleetPane(Pane):
         load, info = engine.load, engine.info
         track = self._track.track(info.engine_id)
         rates = track.rates
-        front: list[Cell] = [info.engine_id, state_text(engine.state)]
-        middle: list[Cell] = [
-            f"{load.running}/{info.max_running}",
-            str(load.waiting),
-            pool_bar(load, self._bar),
-            number(rates.tokens),
-            Text(sparkline(track.history, self._bar if self._wide else 10), "cyan"),
-            percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
-        ]
-        if not self._wide:
-            return front + middle
-        up = duration(max(0.0, time.time() - info.started_at)) if info.started_at else "-"
-        tail: list[Cell] = [
-            number(rates.prefilled),
-            nbytes(rates.sent),
-            nbytes(rates.received),
-            f"{info.epoch:x}",
-            up,
-        ]
-        return [*front, info.model.name, *middle, *tail]
+        cells: dict[str, Cell] = {
+            "engine": info.engine_id,
+            "state": state_text(engine.state),
+            "model": info.model.name,
+            "run>": f"{load.running}/{info.max_running}",
+            "wait>": str(load.waiting),
+            "KV pages": pool_bar(load, self._bar),
+            "tok/s>": number(rates.tokens),
+            "last minute": Text(sparkline(track.history, self._bar), "cyan"),
+            "hits>": percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
+            "prefill/s>": number(rates.prefilled),
+            "sent/s>": nbytes(rates.sent),
+            "recv/s>": nbytes(rates.received),
+            "epoch": f"{info.epoch:x}",
+            "up>": duration(max(0.0, time.time() - info.started_at)) if info.started_at else "-",
+        }
+        return [cells[name] for name in self._columns]
 
     @on(DataTable.RowHighlighted)
     def _moved(self) -> None:

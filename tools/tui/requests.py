@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import RequestInfo, Requests
     from microserve.tools.tui.live_table import Cell
 
-_COLUMNS = ("request", "state", "age>", "prompt>", "cached>", "out>", "TTFT>", "engines", "strategy", "model")
+_COLUMNS = ("request", "state", "time>", "prompt>", "cached>", "out>", "TTFT>", "engines", "strategy", "model")
 _MOST = 200
 _RECENT = 50
 
