@@ -731,7 +731,7 @@ class ListStrategies(Message, tag="list_strategies", frozen=True):
 class VersionFigures(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one version did for one model since the router's start. Times in seconds; None where nothing was measured.
 
-    `version` "other" stands for versions that serve no longer. Percentiles are interpolated between bounds of a histogram.
+    `version` "other": those that serve no longer, together. Percentiles are interpolated between a histogram's bounds.
     """
 
     model: str
