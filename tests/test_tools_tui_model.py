@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from msgspec.structs import replace
 from tests.test_tools_status import ENGINE, STATUS
@@ -21,8 +23,11 @@ from microserve.tools.tui.model import (
     timeline,
 )
 
+if TYPE_CHECKING:
+    from microserve.runtime.messages import StatusReply
 
-def seen(tokens: int, *, epoch: int = 7, router_epoch: int = 1, sent: int = 0) -> object:
+
+def seen(tokens: int, *, epoch: int = 7, router_epoch: int = 1, sent: int = 0) -> StatusReply:
     load = replace(ENGINE.load, generated_tokens=tokens, sent_bytes=sent)
     engine = replace(ENGINE, info=replace(ENGINE.info, epoch=epoch), load=load)
     return replace(STATUS, epoch=router_epoch, engines=[engine])
@@ -84,7 +89,7 @@ def test_a_sparkline() -> None:
         ({"owned_pages": 96, "leased_pages": 2, "cached_pages": 2}, "██████████"),
     ],
 )
-def test_a_bar_of_pages(pages: dict[str, int], bar: str) -> None:
+def test_a_bar_of_pages(pages: dict[str, Any], bar: str) -> None:
     load = Load(total_pages=100, free_pages=100 - sum(pages.values()), **pages)
     assert pool_bar(load, 10).plain == bar
 
