@@ -231,7 +231,12 @@ class AsyncClient:
         self._closed = False
 
     async def __aenter__(self) -> AsyncClient:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            # `__aexit__` is not called then.
+            await self.close()
+            raise
         return self
 
     async def __aexit__(

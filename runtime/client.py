@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from microserve.runtime.async_client import ChatInput, Prompt
     from microserve.runtime.async_engine import AsyncEngine
     from microserve.runtime.bus import Bus
-    from microserve.runtime.messages import ModelInfo, SettingValue, StatusReply, Strategies, StrategySet
+    from microserve.runtime.messages import (
+        Events,
+        ModelInfo,
+        Requests,
+        SettingValue,
+        StatusReply,
+        Strategies,
+        StrategySet,
+    )
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -182,6 +190,18 @@ class Client:
     def rollback_strategy(self, *, model: str = "", number: int | None = None) -> StrategySet:
         """Back to what served before the last change, or before change `number`."""
         return self.run(self._client.rollback_strategy(model=model, number=number))
+
+    def requests(self, *, request_id: str | None = None, recent: int = 0, limit: int = 1000) -> Requests:
+        """What runs and waits at the router, with its sub-requests, and the last `recent` (at most 256) that ended."""
+        return self.run(self._client.requests(request_id=request_id, recent=recent, limit=limit))
+
+    def abort(self, request_id: str) -> str:
+        """Ends a request, whoever sent it: "freed", or "unknown" when there is none (any more)."""
+        return self.run(self._client.abort(request_id))
+
+    def events(self, *, after: int = 0, limit: int = 200) -> Events:
+        """What happened in the fleet since event number `after`, oldest first."""
+        return self.run(self._client.events(after=after, limit=limit))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's loop and wait for it. Ctrl-C while waiting cancels it."""

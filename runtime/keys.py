@@ -111,19 +111,19 @@ class KeyRing:
 
     def reload(self) -> None:
         """Reads the file. Raises `ConfigError`, and keeps what it had, when that is impossible."""
-        stamp = _stamp(self.path)
+        stamp = file_stamp(self.path)
         self._by_public = {each.public: each for each in read_authorized(self.path)}
         self._stamp = stamp
 
     def changed(self) -> bool:
         """Whether the file is another than the one that was read."""
-        return _stamp(self.path) != self._stamp
+        return file_stamp(self.path) != self._stamp
 
 
 def read_authorized(path: Path) -> list[AuthorizedKey]:
     """The entries of an authorized.toml. Raises `ConfigError`."""
-    _check_writers(path)
-    found = _parse(path, _Authorized).keys
+    check_writers(path)
+    found = parse_keys(path, _Authorized).keys
     names: set[str] = set()
     for each in found:
         if each.name in names:
@@ -299,25 +299,21 @@ def write_authorized(path: Path, entries: Iterable[AuthorizedKey]) -> None:
     lines = ["# Who is let in on the bus of this fleet. Daemons read it again when it changes.", ""]
     for each in entries:
         lines += ["[[keys]]", *(f"{key} = {_quoted(value)}" for key, value in msgspec.structs.asdict(each).items()), ""]
-    _replace(path, "\n".join(lines), 0o644)
+    replace_file(path, "\n".join(lines), 0o644)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
 def _read_secret(path: Path, cls: type[S], keys: Callable[[S], tuple[str, ...]]) -> S:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"cannot read key file {path}: {error.strerror}") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"{path} holds a secret, and others may read it (mode {mode & 0o777:04o}): chmod 600 {path}")
-    found = _parse(path, cls)
+    check_secret(path)
+    found = parse_keys(path, cls)
     _check_keys(path, keys(found))
     return found
 
 
-def _parse(path: Path, cls: type[S]) -> S:
+def parse_keys(path: Path, cls: type[S]) -> S:
+    """What a TOML file of keys says. Raises `ConfigError`, which repeats nothing of the file."""
     try:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), cls)
     except OSError as error:
@@ -335,8 +331,8 @@ def _check_keys(path: Path, keys: Iterable[str]) -> None:
             raise ConfigError(f"{path}: a key has {_Z85_KEY} characters, one there has {len(key)}")
 
 
-def _check_writers(path: Path) -> None:
-    """Who can write the list of authorized keys can let anybody in."""
+def check_writers(path: Path) -> None:
+    """Raises `ConfigError` when others may write the file: who can write a list of keys can let anybody in."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -349,10 +345,21 @@ def _write_secret(path: Path, values: dict[str, str]) -> None:
     text = "# A secret: keep it to yourself.\n" + "".join(
         f"{key} = {_quoted(value)}\n" for key, value in values.items()
     )
-    _replace(path, text, 0o600)
+    replace_file(path, text, 0o600)
 
 
-def _replace(path: Path, text: str, mode: int) -> None:
+def check_secret(path: Path) -> None:
+    """Raises `ConfigError` when the file is not there, or others may read it."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot read key file {path}: {error.strerror}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{path} holds a secret, and others may read it (mode {mode & 0o777:04o}): chmod 600 {path}")
+
+
+def replace_file(path: Path, text: str, mode: int) -> None:
+    """Writes it in one step: who watches it never sees half of it. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # Never world-readable, not even for a moment.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -372,7 +379,8 @@ def _quoted(value: str) -> str:
     return f"'{value}'"
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Changes with the file. None while there is none."""
     try:
         found = path.stat()
     except OSError:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from microserve.router.core import GenerationSpec
+    from microserve.router.http_auth import HttpAuth
 
 CONTEXT = 200
 
@@ -141,8 +142,8 @@ class FakeCore:
             generation.say(answer, finish="stop")
         return generation
 
-    def app(self, *, keep_alive: float = 15.0) -> Starlette:
-        return make_app(self, keep_alive=keep_alive)  # type: ignore[arg-type]
+    def app(self, *, keep_alive: float = 15.0, auth: HttpAuth | None = None) -> Starlette:
+        return make_app(self, keep_alive=keep_alive, auth=auth)  # type: ignore[arg-type]
 
 
 class Call:

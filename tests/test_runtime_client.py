@@ -344,6 +344,15 @@ def test_no_router() -> None:
     asyncio.run(scenario())
 
 
+def test_entering_without_a_router_leaves_nothing_open() -> None:
+    async def main() -> None:
+        with pytest.raises(PeerLost, match="no router answers"):
+            async with AsyncClient("tcp://127.0.0.1:1", connect_timeout=0.1):
+                pass
+
+    asyncio.run(main())
+
+
 def test_a_closed_client_says_so() -> None:
     async def scenario(client: AsyncClient, router: Router) -> None:
         await client.close()

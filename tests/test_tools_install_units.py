@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from microserve.runtime.config import EngineConfig, RouterConfig, load_config
 from microserve.tools import install_units
+from microserve.tools.config import main as check_config
 from microserve.tools.install_units import UNITS, Places, Work, install, main, unit_text
 
 ROUTER, ENGINE, TARGET = UNITS
@@ -125,3 +127,64 @@ def test_a_new_system_gets_a_user_of_its_own(monkeypatch: pytest.MonkeyPatch, tm
     said: list[str] = []
     install(Places.of_system(tmp_path), Work(dry=True, say=said.append), make_user=True)
     assert said[0].startswith("would run  useradd --system")
+
+
+SYSTEM = Places.of_system(Path("/"))
+
+
+@pytest.mark.parametrize(("name", "most"), [(ROUTER, 1.1), (ENGINE, 1.9)])
+def test_the_sandbox_is_as_tight_as_what_runs_in_it_allows(name: str, most: float, tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    text = unit_text(name, SYSTEM)
+    assert "NoNewPrivileges=yes" in text
+    assert "ProtectSystem=strict" in text
+    if analyze is None:
+        # Without systemd nobody gives it a score.
+        return
+    file = tmp_path / name.replace("@", "@0")
+    file.write_text(text)
+    done = subprocess.run(
+        [analyze, "--no-pager", "security", "--offline=true", str(file)], capture_output=True, text=True, check=False
+    )
+    found = re.search(r"Overall exposure level for \S+: (\d+\.\d)", done.stdout)
+    assert found is not None, done.stderr
+    assert float(found[1]) <= most
+
+
+def settings(name: str) -> dict[str, str]:
+    lines = [line for line in unit_text(name, SYSTEM).splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+@pytest.mark.parametrize(("version", "backs_off"), [(0, False), (252, False), (253, False), (254, True), (257, True)])
+def test_restarts_back_off_where_systemd_can(version: int, backs_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install_units, "systemd_version", lambda: version)
+    for name in (ROUTER, ENGINE):
+        found = settings(name)
+        assert found["Restart"] == "on-failure"
+        assert found["RestartPreventExitStatus"] == "2"
+        assert ("RestartSteps" in found, "RestartMaxDelaySec" in found) == (backs_off, backs_off)
+
+
+@pytest.mark.parametrize(("name", "config"), [(ROUTER, RouterConfig()), (ENGINE, EngineConfig())])
+def test_what_runs_gets_the_time_to_finish(name: str, config: RouterConfig | EngineConfig) -> None:
+    found = settings(name)
+    assert float(found["TimeoutStopSec"]) > config.drain_timeout
+    assert (found["Type"], found["KillMode"]) == ("notify", "mixed"), "the first signal goes to the daemon alone"
+    assert found["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert float(found["WatchdogSec"]) > 0
+
+
+def test_an_engine_may_lock_its_pool_and_both_have_a_user_of_their_own() -> None:
+    assert settings(ENGINE)["LimitMEMLOCK"] == "infinity"
+    for name in (ROUTER, ENGINE):
+        assert (settings(name)["User"], settings(name)["Group"]) == ("microserve", "microserve")
+        assert settings(name)["LimitCORE"] == "0", "keys and prompts do not go into a core"
+
+
+def test_the_examples_pass_their_own_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--root", str(tmp_path)])
+    files = [str(tmp_path / "etc/microserve" / name) for name in ("router.toml", "engine-0.toml")]
+    capsys.readouterr()
+    assert check_config(["check", *files]) == 0
+    assert capsys.readouterr().out == f"{files[0]}: valid (router)\n{files[1]}: valid (engine)\n"

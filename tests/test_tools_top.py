@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -278,6 +279,33 @@ def test_events_and_help(cluster: Cluster) -> None:
     asyncio.run(main())
 
 
+def test_names_that_others_chose_are_text_and_nothing_else(cluster: Cluster) -> None:
+    """Neither markup, which may be wrong and end the program, nor what a terminal obeys."""
+
+    async def main() -> None:
+        async with top(cluster.router, size=(160, 50)) as it:
+            name = "[/b]\x1b]0;x\x9b2J\nz\u202e"
+            seen = "[/b]\\x1b]0;x\\x9b2J\\nz\\u202e"
+            task = asyncio.create_task(it.client.generate([1, 2, 3], max_tokens=2000, ignore_eos=True, request_id=name))
+            await it.press("2")
+            await it.until(lambda: it.rows("requests")[:1] and it.rows("requests")[0][0] == seen, "the request")
+            await it.press("a")
+            await it.until(lambda: f"Abort request {seen}?" in it.screen(), "the question")
+            await it.press("y")
+            with pytest.raises(Cancelled):
+                await task
+            await it.until(lambda: it.rows("requests")[0][1] == "cancelled", "its end")
+            await it.press("5")
+            log = it.app.query_one(RichLog)
+            await it.until(lambda: any(seen in line.text for line in log.lines), "the event")
+            for pane in "12345":
+                await it.press(pane)
+                await it.pilot.pause()
+                assert not {char for char in it.screen() if char != "\n" and not char.isprintable()}
+
+    asyncio.run(main())
+
+
 def test_a_router_that_is_gone_is_shown_and_comes_back() -> None:
     async def main(cluster: Cluster) -> None:
         async with top(cluster.router) as it:
@@ -310,35 +338,75 @@ def test_without_a_router_it_waits_for_one() -> None:
     asyncio.run(main())
 
 
-def test_in_a_terminal(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
     if shutil.which("tmux") is None:
         pytest.skip("needs tmux")
-    socket, code = str(tmp_path / "tmux"), tmp_path / "code"
-    command = f"{sys.executable} -P -m microserve.tools top --router {cluster.router}; echo $? > {code}"
+    terminal = Terminal(tmp_path)
+    try:
+        yield terminal
+    finally:
+        terminal.tmux("kill-server")
 
-    def tmux(*arguments: str) -> str:
+
+class Terminal:
+    """A real one, 80x24, for one command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = str(folder / "tmux")
+        self._code = folder / "code"
+
+    def tmux(self, *arguments: str) -> str:
         done = subprocess.run(
-            ["tmux", "-u", "-S", socket, *arguments], capture_output=True, text=True, check=False, env=daemon_environ()
+            ["tmux", "-u", "-S", self._socket, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=daemon_environ(),
         )
         return done.stdout
 
-    def wait(holds: Callable[[], bool]) -> None:
+    def start(self, *command: str) -> None:
+        line = f"{shlex.join(command)}; echo $? > {self._code}"
+        self.tmux(
+            "-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", "-s", "top", shlex.join(["sh", "-c", line])
+        )
+
+    def screen(self) -> list[str]:
+        return self.tmux("capture-pane", "-p", "-t", "top").splitlines()
+
+    def press(self, key: str) -> None:
+        self.tmux("send-keys", "-t", "top", key)
+
+    def wait(self, holds: Callable[[], object]) -> None:
         deadline = time.monotonic() + LIMIT
         while not holds():
-            assert time.monotonic() < deadline, tmux("capture-pane", "-p", "-t", "top")
+            assert time.monotonic() < deadline, "\n".join(self.screen())
             time.sleep(0.05)
 
-    tmux("-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", "-s", "top", f"sh -c '{command}'")
-    try:
-        wait(lambda: "e1" in tmux("capture-pane", "-p", "-t", "top"))
-        shown = tmux("capture-pane", "-p", "-t", "top").splitlines()
-        assert shown[0].startswith(" router r ")
-        assert "5 Events" in shown[2]
-        assert "q quit" in shown[23]
-        tmux("send-keys", "-t", "top", "q")
-        wait(lambda: code.exists() and code.read_text() == "0\n")
-    finally:
-        tmux("kill-server")
+    def wait_code(self) -> int:
+        """The exit code of the command."""
+        self.wait(lambda: self._code.exists() and self._code.read_text().endswith("\n"))
+        return int(self._code.read_text())
+
+
+def test_in_a_terminal(cluster: Cluster, terminal: Terminal) -> None:
+    terminal.start(sys.executable, "-P", "-m", "microserve.tools", "top", "--router", cluster.router)
+    # The foot is drawn apart from the table.
+    terminal.wait(lambda: all(mark in "".join(terminal.screen()) for mark in ("e1", "q quit")))
+    shown = terminal.screen()
+    assert shown[0].startswith(" router r ")
+    assert "5 Events" in shown[2]
+    assert "q quit" in shown[23]
+    terminal.press("q")
+    assert terminal.wait_code() == 0
+
+
+def test_a_bug_is_no_success(cluster: Cluster, terminal: Terminal) -> None:
+    broken = "from microserve.tools import top; from microserve.tools.tui.fleet import FleetPane; FleetPane.show = 0; "
+    script = f"{broken} raise SystemExit(top.main(['--router', '{cluster.router}']))"
+    terminal.start(sys.executable, "-P", "-c", script)
+    assert terminal.wait_code() == 1
 
 
 def test_without_a_terminal_it_says_so(cluster: Cluster) -> None:

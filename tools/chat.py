@@ -12,6 +12,7 @@ from microserve.runtime.messages import ChatMessage
 from microserve.tools.common import (
     CONNECT_TIMEOUT,
     CommandFailed,
+    add_key_option,
     add_router_option,
     command_parser,
     errors_told,
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """The command; its exit code: 0, or 1 when no router answers or (through a pipe) an answer failed."""
     parser = command_parser("chat", "Chat with a served model. Through a pipe: a message a line, an answer each.")
     add_router_option(parser)
+    add_key_option(parser)
     parser.add_argument("--model", default="", metavar="NAME", help="the model (default: the router's first)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
@@ -51,7 +53,10 @@ def main(argv: Sequence[str]) -> int:
         "seed": options.seed,
     }
     try:
-        with errors_told("chat", options.router), Client(options.router, connect_timeout=CONNECT_TIMEOUT) as client:
+        with (
+            errors_told("chat", options.router),
+            Client(options.router, connect_timeout=CONNECT_TIMEOUT, key_file=options.key_file) as client,
+        ):
             conversation = Conversation(client, options.router, sampling, options.system, sys.stdout)
             return interactive(conversation) if sys.stdin.isatty() else piped(conversation, sys.stdin)
     except CommandFailed as failed:

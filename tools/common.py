@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import os
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 import microserve
-from microserve.runtime.errors import MicroserveError, PeerLost
+from microserve.runtime.errors import ConfigError, MicroserveError, PeerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Iterator
+
+    from microserve.runtime.async_client import AsyncClient
+
+T = TypeVar("T")
 
 DEFAULT_ROUTER = "tcp://127.0.0.1:7700"
 CONNECT_TIMEOUT = 2.0
@@ -54,14 +62,79 @@ def add_key_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_operator_options(parser: argparse.ArgumentParser) -> None:
+    """`--router`, `--key-file` and `--json`: what every command has that looks at a fleet or operates it."""
+    add_router_option(parser)
+    add_key_option(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def with_router(command: str, options: argparse.Namespace, work: Callable[[AsyncClient], Coroutine[Any, Any, T]]) -> T:
+    """What `work` gives, done with a client of the router. Raises `CommandFailed`: the error has been told then."""
+    # Imported here: help needs no client.
+    from microserve.runtime.async_client import AsyncClient
+
+    async def main() -> T:
+        client = AsyncClient(options.router, connect_timeout=CONNECT_TIMEOUT, key_file=options.key_file)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    with errors_told(command, options.router):
+        return asyncio.run(main())
+
+
+def confirm(parser: argparse.ArgumentParser, question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed, unless `yes`. Raises `CommandFailed` when it is not wanted.
+
+    To be called outside of an event loop: Ctrl-C must end the question, too.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        parser.error("there is nobody to ask: say --yes")
+    # Not on standard output, which may be a file, or JSON.
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        print("nothing was done", file=sys.stderr)
+        raise CommandFailed(1)
+
+
+def print_json(value: object) -> None:
+    """With every field: who reads JSON must not have to know the defaults."""
+    print(json.dumps(plain(value), indent=2))
+
+
+def plain(value: Any) -> Any:
+    """Messages as what JSON knows."""
+    if isinstance(value, msgspec.Struct):
+        return {name: plain(each) for name, each in msgspec.structs.asdict(value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return value
+
+
+def visible(text: str) -> str:
+    """Text of others for a terminal, in one line: what a terminal would obey is written out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 request", "1,200 requests"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def errors_told(command: str, endpoint: str) -> Iterator[None]:
-    """Turn an expected error into one line on standard error and `CommandFailed`."""
+    """Turn an expected error into one line on standard error and `CommandFailed`: 2 for our configuration, else 1."""
     try:
         yield
     except MicroserveError as error:
         print(f"microserve {command}: {explain(error, endpoint)}", file=sys.stderr)
-        raise CommandFailed(1) from error
+        raise CommandFailed(2 if isinstance(error, ConfigError) else 1) from error
 
 
 def explain(error: MicroserveError, endpoint: str) -> str:

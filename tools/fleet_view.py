@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +13,21 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, StatusReply
 
 _STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "degraded": "red", "silent": "red"}
+
+
+def table_console() -> Console:
+    """Where tables are printed. Piped, nothing is cut off or folded: whoever reads it has no columns."""
+    width = None if sys.stdout.isatty() else 1000
+    # What is printed has names in it that others chose: they are no markup.
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines. A column whose name ends with ">" holds numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+    for name in columns:
+        table.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left")
+    return table
 
 
 def headline(status: StatusReply) -> str:
@@ -28,13 +45,8 @@ def headline(status: StatusReply) -> str:
 
 def fleet_table(status: StatusReply) -> Table:
     """The engines, one a row."""
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    table.add_column("engine")
-    table.add_column("state")
-    table.add_column("model")
-    table.add_column("executor")
-    for title in ("requests", "running", "waiting", "KV used", "prefix hits", "tokens", "heard"):
-        table.add_column(title, justify="right")
+    figures = ("requests>", "running>", "waiting>", "KV used>", "prefix hits>", "tokens>", "heard>")
+    table = plain_table("engine", "state", "model", "executor", *figures)
     for engine in status.engines:
         table.add_row(*_cells(engine))
     return table

@@ -1,13 +1,17 @@
-"""`microserve keys new|list|authorize|revoke`: who is let in on the bus of a fleet.
+"""`microserve keys new|list|authorize|revoke|api`: who is let in on the bus of a fleet, and on a router's HTTP.
 
 The folder (default: /etc/microserve/keys for root, ~/.config/microserve/keys for others) belongs to the fleet: copy a
 daemon its own key file and authorized.toml, a person their key file alone. Daemons read authorized.toml again when it
 changes; revoking a key ends its sessions.
+
+`microserve keys api new|list|revoke` does the same for HTTP: its keys are in api_keys.toml (a router's api_keys_file),
+as digests. A new key is printed once, on standard output alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microserve.runtime.api_keys import API_KEYS_FILE, SCOPES, new_api_key, read_api_keys, revoke_api_key
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.keys import AUTHORIZED_FILE, DAEMONS, ROLES, authorize, new_identity, read_authorized, revoke
 from microserve.runtime.zmq_bus import new_key_pair
@@ -35,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
                 _new(folder, arguments.name, arguments.role)
             case "list":
                 _list(folder, as_json=arguments.json)
+            case "api":
+                return _api(arguments.file or folder / API_KEYS_FILE, arguments)
             case "authorize":
                 authorize(folder, arguments.name, arguments.role, arguments.public)
                 print(f"{arguments.name} is let in as {arguments.role} ({folder / AUTHORIZED_FILE})")
@@ -59,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--folder", type=Path, default=None, metavar="DIR", help="the fleet's folder of keys")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="new | list | authorize | revoke")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="new | list | authorize | revoke | api")
     new = actions.add_parser("new", parents=[shared], help="make a key and let it in")
     listing = actions.add_parser("list", parents=[shared], help="show who is let in")
     listing.add_argument("--json", action="store_true", help="machine-readable")
@@ -75,7 +82,48 @@ def _parser() -> argparse.ArgumentParser:
             help="engine and router: daemons; client: requests; admin: everything",
         )
     letting.add_argument("public", help="the public key: 40 characters")
+    _add_api(actions.add_parser("api", help="keys for HTTP"))
     return parser
+
+
+def _add_api(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(folder=None)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--folder", type=Path, default=None, metavar="DIR", help="the fleet's folder of keys")
+    shared.add_argument(
+        "--file", type=Path, default=None, metavar="FILE", help=f"default: {API_KEYS_FILE} in the folder"
+    )
+    actions = parser.add_subparsers(dest="api_action", required=True, metavar="new | list | revoke")
+    new = actions.add_parser("new", parents=[shared], help="make a key, let it in, and print it")
+    new.add_argument("--scope", choices=SCOPES, required=True, help="serve: requests and looks; admin: everything")
+    listing = actions.add_parser("list", parents=[shared], help="show who is let in")
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    ending = actions.add_parser("revoke", parents=[shared], help="let a name in no longer, and end what it has running")
+    for each in (new, ending):
+        each.add_argument("name", help="of the person or program")
+
+
+def _api(path: Path, arguments: argparse.Namespace) -> int:
+    match arguments.api_action:
+        case "new":
+            key = new_api_key(path, arguments.name, arguments.scope)
+            print(f"{arguments.name}, scope {arguments.scope}, in {path}; its key is shown this once:", file=sys.stderr)
+            print(key)
+        case "list":
+            found = read_api_keys(path)
+            if arguments.json:
+                # Digests are nobody's business.
+                print(json.dumps([{"name": each.name, "scope": each.scope, "id": each.id} for each in found]))
+                return 0
+            width = max((len(each.name) for each in found), default=0)
+            for each in found:
+                print(f"{each.name:{width}}  {each.scope:5}  ms_{each.id}_…")
+        case _:
+            if not revoke_api_key(path, arguments.name):
+                print(f"microserve keys: error: {arguments.name!r} has no API key in {path}", file=sys.stderr)
+                return 1
+            print(f"{arguments.name} is let in no longer; routers that read {path} end what it has running")
+    return 0
 
 
 def _new(folder: Path, name: str, role: str) -> None:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from microserve.runtime.client import Client
-from microserve.tools.common import CONNECT_TIMEOUT, CommandFailed, add_router_option, command_parser, errors_told
+from microserve.tools.common import (
+    CONNECT_TIMEOUT,
+    CommandFailed,
+    add_operator_options,
+    command_parser,
+    errors_told,
+    plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from microserve.runtime.messages import StatusReply
+    from microserve.runtime.messages import FleetEngine, StatusReply
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code: 0, or 1 when no router answers."""
     parser = command_parser("status", "Show a router, and the engines as it sees them.")
-    add_router_option(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_operator_options(parser)
     options = parser.parse_args(argv)
     try:
-        with errors_told("status", options.router), Client(options.router, connect_timeout=CONNECT_TIMEOUT) as client:
+        with (
+            errors_told("status", options.router),
+            Client(options.router, connect_timeout=CONNECT_TIMEOUT, key_file=options.key_file) as client,
+        ):
             status = client.status()
     except CommandFailed as failed:
         return failed.code
@@ -37,35 +43,26 @@ def main(argv: Sequence[str]) -> int:
 
 def as_json(status: StatusReply) -> str:
     """Every field, defaults too: who reads JSON must not have to know them."""
-    engines = [
-        {
-            "id": engine.info.engine_id,
-            "state": engine.state,
-            "charged": engine.charged,
-            "last_seen": engine.last_seen,
-            "info": _plain(engine.info),
-            "load": _plain(engine.load),
-        }
-        for engine in status.engines
-    ]
-    return json.dumps({**_plain(status), "engines": engines}, indent=2)
+    return json.dumps({**plain(status), "engines": [engine_json(engine) for engine in status.engines]}, indent=2)
 
 
-def _plain(struct: msgspec.Struct) -> dict[str, object]:
+def engine_json(engine: FleetEngine) -> dict[str, object]:
+    """One engine as the router sees it."""
     return {
-        field: _plain(value) if isinstance(value, msgspec.Struct) else value
-        for field, value in msgspec.structs.asdict(struct).items()
+        "id": engine.info.engine_id,
+        "state": engine.state,
+        "charged": engine.charged,
+        "last_seen": engine.last_seen,
+        "info": plain(engine.info),
+        "load": plain(engine.load),
     }
 
 
 def show(status: StatusReply) -> None:
     # Imported here: JSON needs no tables.
-    from rich.console import Console
+    from microserve.tools.fleet_view import fleet_table, headline, table_console
 
-    from microserve.tools.fleet_view import fleet_table, headline
-
-    # Piped, nothing is cut off: whoever reads it has no columns.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = table_console()
     console.print(headline(status))
     if status.engines:
         console.print(fleet_table(status))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from microserve.runtime.client import Client
 from microserve.tools.common import (
     CONNECT_TIMEOUT,
     CommandFailed,
-    add_key_option,
-    add_router_option,
+    add_operator_options,
     command_parser,
     errors_told,
+    print_json,
 )
 
 if TYPE_CHECKING:
@@ -52,9 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     shared = argparse.ArgumentParser(add_help=False)
-    add_router_option(shared)
-    add_key_option(shared)
-    shared.add_argument("--json", action="store_true", help="print JSON")
+    add_operator_options(shared)
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--model", default="", help="served model (default: every model without a strategy of its own)")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -98,7 +93,7 @@ def _act(client: Client, arguments: argparse.Namespace) -> None:
 
 def _show_set(reply: StrategySet, *, as_json: bool) -> None:
     if as_json:
-        _print_json({"active": reply.active, "dry_run": reply.dry_run})
+        print_json({"active": reply.active, "dry_run": reply.dry_run})
         return
     if reply.dry_run:
         print("valid; nothing was changed. It would be:")
@@ -109,12 +104,12 @@ def _show(action: str, found: Strategies, *, as_json: bool) -> None:
     match action:
         case "show":
             if as_json:
-                _print_json(found.active)
+                print_json(found.active)
             else:
                 _print_active(found.active)
         case "history":
             if as_json:
-                _print_json(found.history)
+                print_json(found.history)
                 return
             for change in found.history:
                 at = datetime.fromtimestamp(change.at, UTC)
@@ -124,7 +119,7 @@ def _show(action: str, found: Strategies, *, as_json: bool) -> None:
                 )
         case _:
             if as_json:
-                _print_json({"strategies": found.strategies, "active": found.active, "problems": found.problems})
+                print_json({"strategies": found.strategies, "active": found.active, "problems": found.problems})
             else:
                 _print_list(found)
 
@@ -144,18 +139,3 @@ def _print_active(active: Sequence[ActiveStrategy]) -> None:
     for each in active:
         settings = " ".join(f"{name}={value}" for name, value in each.settings.items())
         print(f"{each.model or '*':16}  {each.share:4.0%}  {each.version}  {settings}".rstrip())
-
-
-def _print_json(value: Any) -> None:
-    # With every field: who reads JSON must not have to know the defaults.
-    print(json.dumps(_full(value), indent=2))
-
-
-def _full(value: Any) -> Any:
-    if isinstance(value, msgspec.Struct):
-        return {name: _full(each) for name, each in msgspec.structs.asdict(value).items()}
-    if isinstance(value, list | tuple):
-        return [_full(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _full(each) for key, each in value.items()}
-    return value
