@@ -106,7 +106,8 @@ class KvVerbs:
         self._scheduler = scheduler
         self._cache = scheduler.cache
         self._limit = limit
-        self._kv_wait = kv_wait
+        self.kv_wait = kv_wait
+        """May be set to another at any time."""
         self._expect = expect
         self._clock = clock
         self._grants: dict[tuple[str, int, str], _Grant] = {}
@@ -158,7 +159,7 @@ class KvVerbs:
 
     def start(self, request: Request, lease_id: int, begin: int, wait: float | None) -> None:
         """A generation goes on with the KV of a lease, from `begin`; what it is told comes as outputs of `request`."""
-        until = self._clock() + (self._kv_wait if wait is None else wait)
+        until = self._clock() + (self.kv_wait if wait is None else wait)
 
         def start() -> None:
             try:
@@ -335,7 +336,13 @@ class LocalWay:
                 answer.set_result(result)
 
         self._steps.ask(partial(attempt, lambda: self._verbs.grant(body)), answered)
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # The answer may have come in the same turn of the loop: nobody else knows of the claim.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self.end_claim(answer.result().claim, "the send was given up")
+            raise
 
     def end_claim(self, claim: int, error: str) -> None:
         self._steps.command(lambda: self._verbs.end_claim(claim, error))

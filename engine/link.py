@@ -108,7 +108,8 @@ class Link:
 
     async def claim(self, body: Claim) -> Claimed:
         client = self.client
-        if client is None:
+        if client is None or self.state != "ready":
+            # A session that is being opened may yet be refused, and then nobody could say how a claim has ended.
             raise self.why()
         try:
             reply = await client.call(body, budget=CLAIM_BUDGET)
@@ -165,8 +166,7 @@ class Link:
         self._fall("lost", error)
 
     def refuse(self, error: MicroserveError) -> None:
-        """It will never be usable."""
-        self._endings.clear()
+        """It will never be usable. What the peer had to be told it has been told: see `settle_debts`."""
         self._fall("refused", error)
 
     def end(self, error: MicroserveError) -> None:
@@ -231,9 +231,14 @@ class Link:
         return bool(self._endings) or self._flushing is not None
 
     def _tell(self, ending: _Ending) -> None:
-        if self.state != "refused":
-            self._endings.append(ending)
-            self._flush()
+        self._endings.append(ending)
+        self._flush()
+
+    async def settle_debts(self) -> bool:
+        """Tells the peer what it has to be told, over the session that was begun. Whether nothing is left."""
+        self._flush()
+        await self.flushed()
+        return not self.owes
 
     async def flushed(self) -> None:
         """Returns when there is nothing left that could be told now."""

@@ -191,17 +191,25 @@ class Peers:
             try:
                 await self._open(link)
             except (StaleEpoch, LayoutMismatch, TransferFailed) as error:
-                # Nothing that time could heal: a new incarnation would.
-                self._refused(link, error)
-                return
+                # Nothing that time could heal: a new incarnation would. But pages there wait for how our claims ended.
+                if isinstance(error, StaleEpoch) or await link.settle_debts():
+                    self._refused(link, error)
+                    return
+                link.lose(error)
             except MicroserveError as error:
-                _log.warning("engine cannot be reached", every=5.0, engine=link.engine_id, error=error.message)
+                _log.warning(
+                    "peer cannot be reached",
+                    every=5.0,
+                    engine=link.engine_id,
+                    engine_epoch=link.epoch,
+                    error=error.message,
+                )
                 link.lose(error)
             else:
                 self._opened(link)
                 delay, failing_since = _FIRST_RETRY, self._clock()
                 why = await link.until_lost()
-                _log.warning("peer lost", every=1.0, engine=link.engine_id, epoch=link.epoch, error=why.message)
+                _log.warning("peer lost", every=1.0, engine=link.engine_id, engine_epoch=link.epoch, error=why.message)
                 self._event("peer", f"{link.engine_id}: lost: {why.message}")
                 link.lose(why)
             if self._clock() - failing_since > (FORGET_DEBT if link.owes else FORGET):
@@ -250,14 +258,16 @@ class Peers:
                 self._drop(older, StaleEpoch(f"engine {link.engine_id} has started anew"))
         link.open()
         transport, speed = link.report.transport, link.report.gigabytes_per_second
-        _log.info("peer connected", engine=link.engine_id, epoch=link.epoch, transport=transport, gb_per_second=speed)
+        _log.info(
+            "peer connected", engine=link.engine_id, engine_epoch=link.epoch, transport=transport, gb_per_second=speed
+        )
         self._event("peer", f"{link.engine_id}: {transport}, {speed:.3g} GB/s")
 
     def _refused(self, link: Link, error: MicroserveError) -> None:
         if isinstance(error, StaleEpoch):
             self._drop(link, error)
             return
-        _log.error("peer refused", engine=link.engine_id, epoch=link.epoch, why=error.message)
+        _log.error("peer refused", engine=link.engine_id, engine_epoch=link.epoch, error=error.message)
         self._event("peer", f"{link.engine_id}: refused: {error.message}")
         if self._transfers is not None:
             self._transfers.disconnect(link.name)
@@ -349,7 +359,7 @@ class Peers:
     def _over(self, engine_id: str, epoch: int) -> None:
         """This incarnation is dead: it writes no more."""
         self._lost.pop((engine_id, epoch), None)
-        _log.info("peer is dead", engine=engine_id, epoch=epoch)
+        _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
         self._dead(engine_id, epoch)
 
     # --- end -------------------------------------------------------------------------------------------------------
