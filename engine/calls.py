@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from microserve.runtime.errors import Cancelled, Conflict, InvalidRequest, MicroserveError, Unavailable
+from microserve.runtime.errors import CallerError, Cancelled, Conflict, InvalidRequest, MicroserveError, Unavailable
+from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -23,11 +24,32 @@ _KEPT = 1024
 _REFUSALS = (Unavailable, InvalidRequest)
 """Errors that changed nothing."""
 
+_log = get_logger(__name__)
+
+
+def tell_failed(verb: str, request: str, sub: str, caller: Session, error: MicroserveError) -> None:
+    """A line about a sub-request that failed: what was cancelled or found no room is for those who look closely."""
+    tell = _log.debug if isinstance(error, Cancelled | Unavailable) else _log.warning
+    if isinstance(error, CallerError):
+        tell = _log.info
+    who = caller.peer
+    tell(
+        "sub-request failed",
+        every=10.0,
+        burst=20,
+        verb=verb,
+        request=request,
+        sub=sub,
+        caller=who,
+        code=error.code,
+        error=error.message,
+    )
+
 
 class SubCall:
     """The work of one sub-request, and everybody who waits for its answer."""
 
-    __slots__ = ("_book", "callers", "ended", "key", "session", "stop", "sub_id")
+    __slots__ = ("_book", "callers", "ended", "key", "request_id", "session", "stop", "sub_id", "verb")
 
     def __init__(self, book: CallBook, call: IncomingCall, sub_id: str, key: Hashable) -> None:
         self._book = book
@@ -35,6 +57,8 @@ class SubCall:
         self.key = key
         self.session = call.session
         """Whose call began it."""
+        self.verb = type(call.body).__name__
+        self.request_id: str = getattr(call.body, "request_id", "")
         self.callers = [call]
         self.ended = False
         self.stop: Callable[[MicroserveError], None] = lambda error: None
@@ -149,6 +173,8 @@ class CallBook:
         # A refusal changed nothing, so that a retry may be taken.
         if not isinstance(answer, _REFUSALS):
             self._keep(sub.sub_id, (sub.key, answer, sub.session))
+        if isinstance(answer, MicroserveError):
+            tell_failed(sub.verb, sub.request_id, sub.sub_id, sub.session, answer)
         for call in sub.callers:
             if isinstance(answer, MicroserveError):
                 call.fail(answer)

@@ -173,6 +173,7 @@ class EngineCore:
             kv=self.kv,
             sends=self.sends,
             peers=self.peers,
+            moved=self._moved,
             clock=clock,
             draw_seed=draw_seed,
         )
@@ -200,6 +201,18 @@ class EngineCore:
             order.done(Pushed("this engine has no transport for KV; its log says why", 0, 0.0))
         else:
             self.transfers.push(order)
+
+    def _moved(self) -> dict[str, int]:
+        """What was sent and received since the start: fields of `Load`."""
+        if self.transfers is None:
+            return {}
+        counts = self.transfers.statistics()
+        return {
+            "sent_bytes": int(counts["transfer_pushed_bytes"]),
+            # A list: the transfer thread may meet another peer meanwhile.
+            "received_bytes": sum(list(self._received.values())),
+            "push_failures": int(counts["transfer_push_failures"]),
+        }
 
     def _arrived(self, arrivals: list[Arrival]) -> None:
         """In the transfer thread."""

@@ -13,7 +13,7 @@ import torch
 from microserve.engine.model.checkpoint import dummy_weights, load_weights
 from microserve.engine.model.config import read_config
 from microserve.engine.model.decoder import Decoder
-from microserve.engine.progress import progress_bar
+from microserve.engine.progress import Progress
 from microserve.engine.torch_executor import describe
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.errors import ConfigError
@@ -22,12 +22,17 @@ from microserve.runtime.models import resolve_model
 from microserve.runtime.settings import DEFAULT_KV_MEMORY, parse_size
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from microserve.engine.cuda_executor import CudaExecutor
     from microserve.runtime.settings import EngineConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 1 << 30
 """Bytes left for what the profile does not see: graphs, libraries, transfers."""
+
+_COMPILING = 1800.0
+"""Seconds that compiling one kernel may take, on a machine that is busy."""
 
 _log = get_logger(__name__)
 
@@ -45,11 +50,12 @@ def cuda_device(name: str) -> torch.device | None:
     return device
 
 
-def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: bool) -> CudaExecutor:
+def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Progress | None = None) -> CudaExecutor:
     """Loads the checkpoint that `config` names onto `device`.
 
-    `progress` draws bars on standard error. Raises `CheckpointError` and `ConfigError`.
+    `progress` is told how far it is. Raises `CheckpointError` and `ConfigError`.
     """
+    progress = progress if progress is not None else Progress()
     if find_spec("flashinfer") is None:
         raise ConfigError(
             "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch, "
@@ -63,7 +69,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: 
     dtype = _DTYPES[config.dtype if config.dtype != "auto" else "bfloat16"]
     max_context = min(config.max_context or model.max_context, model.max_context)
     torch.cuda.set_device(device)
-    with progress_bar(progress, "loading weights") as report:
+    with progress.stage("loading weights") as report:
         if config.dummy_weights:
             weights = dummy_weights(model, dtype=dtype, device=device)
         else:
@@ -76,7 +82,8 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: 
 
     decoder = Decoder(model, weights, CudaKernels(), max_context=max_context)
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
-    peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
+    with _first_step(progress):
+        peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)
@@ -87,7 +94,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: 
         max_context=max_context,
         dummy=config.dummy_weights,
     )
-    with progress_bar(progress, "capturing graphs") as report:
+    with progress.stage("capturing graphs", patience=_COMPILING) as report:
         executor = CudaExecutor(
             decoder, pool, info, max_running=config.max_running, step_tokens=config.step_tokens, progress=report
         )
@@ -103,6 +110,26 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, *, progress: 
     )
     gc.collect()
     return executor
+
+
+def _first_step(progress: Progress) -> AbstractContextManager[object]:
+    """The stage of the first step, which compiles what no step before it has left in FlashInfer's folder."""
+    if compiled_kernels():
+        return progress.stage("measuring the worst step", patience=_COMPILING)
+    _log.info("kernels are not compiled yet: the first start takes minutes", folder=str(kernel_folder()))
+    return progress.stage("compiling kernels, which the first start does", patience=_COMPILING, probe=compiled_kernels)
+
+
+def kernel_folder() -> Path:
+    """Where FlashInfer keeps what it has compiled for this machine."""
+    from flashinfer.jit import env
+
+    return Path(env.FLASHINFER_JIT_DIR)
+
+
+def compiled_kernels() -> int:
+    """How many of FlashInfer's modules are compiled already."""
+    return sum(1 for _ in kernel_folder().glob("*/*.so"))
 
 
 def _pool_pages(config: EngineConfig, shape: PageShape, device: torch.device, peak: int, max_context: int) -> int:

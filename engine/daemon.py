@@ -15,6 +15,8 @@ from msgspec.structs import replace
 from microserve.engine.core import EngineCore, make_limits
 from microserve.engine.fake_executor import FakeExecutor, fake_model
 from microserve.engine.link import peer_name
+from microserve.engine.progress import Progress
+from microserve.engine.reload import engine_reload
 from microserve.kv.transfer.factory import open_transport
 from microserve.runtime.clock import monotonic
 from microserve.runtime.config import EngineConfig, config_from_args, default_process_id
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from microserve.engine.scheduler import Scheduler
     from microserve.kv.transfer.base import Transport
     from microserve.runtime.bus import Bus, Publisher
+    from microserve.runtime.ids import Epoch
     from microserve.runtime.service import Lifecycle
 
 _EVENT_INTERVAL = 1.0
@@ -47,30 +50,47 @@ _log = get_logger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `microserve engine`; its exit code."""
+    read = partial(
+        config_from_args,
+        EngineConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="microserve engine",
+        description="Serve one model replica: token ids in, token ids out, over the bus.",
+    )
     try:
-        config = config_from_args(
-            EngineConfig,
-            sys.argv[1:] if argv is None else argv,
-            prog="microserve engine",
-            description="Serve one model replica: token ids in, token ids out, over the bus.",
-        )
+        config = read()
     except ConfigError as error:
         print(f"microserve engine: error: {error.message}", file=sys.stderr)
         return EXIT_CONFIG
     engine_id = config.engine_id or identity_name(config.key_file) or default_process_id()
-    setup_logging(config.log_level, config.log_json, f"engine:{engine_id}")
-    return run_service(partial(serve, config, engine_id, ready=_freeze), name="microserve engine")
+    epoch = new_epoch()
+
+    def log_as(config: EngineConfig) -> None:
+        setup_logging(config.log_level, config.log_json, f"engine:{engine_id}", epoch=epoch)
+
+    log_as(config)
+    work = partial(serve, config, engine_id, epoch=epoch, ready=_freeze, read=read, relog=log_as)
+    return run_service(work, name="microserve engine")
 
 
 async def serve(
-    config: EngineConfig, engine_id: str, lifecycle: Lifecycle, *, ready: Callable[[], object] = lambda: None
+    config: EngineConfig,
+    engine_id: str,
+    lifecycle: Lifecycle,
+    *,
+    epoch: Epoch | None = None,
+    ready: Callable[[], object] = lambda: None,
+    read: Callable[[], EngineConfig] | None = None,
+    relog: Callable[[EngineConfig], object] = lambda config: None,
 ) -> None:
     """Runs an engine until `lifecycle` drains; calls `ready` when it serves.
+
+    `read` reads the configuration again, for a reload; `relog` sets up logging as a new one says.
 
     Raises `ConfigError`, `CheckpointError`, or `InternalError` after a crash.
     """
     began = monotonic()
-    epoch = new_epoch()
+    epoch = new_epoch() if epoch is None else epoch
     # Before seconds are spent on a checkpoint.
     make_limits(config, config.max_context or 2)
     security = load_security(config.key_file)
@@ -97,6 +117,10 @@ async def serve(
             transport=transport.name if transport is not None else "none",
             seconds=round(monotonic() - began, 2),
         )
+        if read is not None:
+            lifecycle.reload = engine_reload(engine, config, read, relog)
+        lifecycle.drain_limit = lambda: engine.config.drain_timeout
+        lifecycle.healthy = engine.moves
         lifecycle.ready(partial(_status_line, engine))
         await engine.run(lifecycle)
     finally:
@@ -106,6 +130,8 @@ async def serve(
 
 def _status_line(engine: Engine) -> str:
     """What `systemctl status` shows."""
+    if not engine.moves():
+        return f"hangs: a step has taken {engine.core.steps.turning_for:.0f} s"
     load = engine.verbs.load()
     used = load.total_pages - load.free_pages - load.cached_pages
     return f"{load.state}: {load.running} running, {load.waiting} waiting, {used} of {load.total_pages} pages in use"
@@ -116,6 +142,7 @@ async def _open_unless_draining(
 ) -> tuple[Executor, Transport | None] | None:
     """What takes long, in a thread, so that signals and the event loop need not wait. None: told to end meanwhile."""
     loop = asyncio.get_running_loop()
+    progress = Progress(bars=sys.stderr.isatty())
     opened: asyncio.Future[tuple[Executor, Transport | None]] = loop.create_future()
 
     def settle(result: tuple[Executor, Transport | None] | BaseException) -> None:
@@ -129,8 +156,9 @@ async def _open_unless_draining(
     def work() -> None:
         result: tuple[Executor, Transport | None] | BaseException
         try:
-            executor = open_executor(config)
-            result = executor, open_engine_transport(config, executor, name)
+            executor = open_executor(config, progress)
+            with progress.stage("opening the transport"):
+                result = executor, open_engine_transport(config, executor, name)
         except BaseException as error:  # raised again by whoever waits
             result = error
         # The loop is gone when the process was told to end while a checkpoint was read.
@@ -141,7 +169,8 @@ async def _open_unless_draining(
     threading.Thread(target=work, name="engine-open", daemon=True).start()
     draining = asyncio.create_task(lifecycle.draining.wait(), name="engine drain")
     try:
-        await asyncio.wait((opened, draining), return_when=asyncio.FIRST_COMPLETED)
+        async with lifecycle.starting(progress.look):
+            await asyncio.wait((opened, draining), return_when=asyncio.FIRST_COMPLETED)
         return opened.result() if opened.done() else None
     finally:
         opened.cancel()
@@ -163,8 +192,8 @@ def open_engine_transport(config: EngineConfig, executor: Executor, name: str) -
         return None
 
 
-def open_executor(config: EngineConfig) -> Executor:
-    """The executor that `config` asks for."""
+def open_executor(config: EngineConfig, progress: Progress | None = None) -> Executor:
+    """The executor that `config` asks for; `progress` is told how far it is."""
     if config.executor == "fake":
         return FakeExecutor(
             config.fake,
@@ -176,13 +205,12 @@ def open_executor(config: EngineConfig) -> Executor:
     from microserve.engine.cuda_open import cuda_device, open_cuda_executor
     from microserve.engine.torch_executor import open_torch_executor
 
-    progress = sys.stderr.isatty()
     device = cuda_device(config.device) if config.executor in ("auto", "cuda") else None
     if device is not None:
-        return open_cuda_executor(config, device, progress=progress)
+        return open_cuda_executor(config, device, progress)
     if config.executor == "cuda":
         raise ConfigError(f"executor cuda: torch finds no GPU (device {config.device!r})")
-    return open_torch_executor(config, progress=progress)
+    return open_torch_executor(config, progress)
 
 
 class Engine:
@@ -198,7 +226,8 @@ class Engine:
         bus: Bus,
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._config = config
+        self.config = config
+        """What is in effect."""
         self._bus = bus
         self._crash: asyncio.Future[None] = loop.create_future()
         self.core = EngineCore(
@@ -227,9 +256,23 @@ class Engine:
     def info(self) -> EngineInfo:
         return self.core.info
 
+    def moves(self) -> bool:
+        """Whether the step thread does: a step that never ends must not look like life."""
+        return self.core.steps.turning_for < self.config.step_timeout
+
+    def configure(self, config: EngineConfig) -> None:
+        """Another configuration is in effect."""
+        self.config = config
+
+    def label(self, labels: dict[str, str]) -> None:
+        """Other labels from now on; routers are told."""
+        self.core.info = replace(self.core.info, labels=labels)
+        if self._announcer is not None:
+            self._announcer.changed()
+
     async def start(self) -> None:
         """Binds, announces, and begins to serve. Raises `ConfigError` when an address cannot be had."""
-        config, core = self._config, self.core
+        config, core = self.config, self.core
         core.steps.start()
         if core.transfers is not None:
             core.transfers.start()
@@ -291,7 +334,7 @@ class Engine:
         live = self.verbs.live
         began = monotonic()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_timeout):
+            async with asyncio.timeout(self.config.drain_timeout):
                 while self.core.busy and not self._crash.done():
                     self._idle.clear()
                     # Leases end in the step thread, which tells nobody.
@@ -309,6 +352,9 @@ class Engine:
         while True:
             await asyncio.sleep(_EVENT_INTERVAL)
             self._changed()  # the step thread tells nobody that it is degraded
+            if not self.moves():
+                seconds = round(self.core.steps.turning_for, 1)
+                _log.error("a step does not end: the step thread hangs", every=10.0, seconds=seconds)
             self._publish("load")
 
     def _changed(self) -> None:

@@ -74,6 +74,7 @@ class StepLoop:
         """Steps launched and not collected, oldest first."""
         self._load = scheduler.load()
         self._load_at = clock()
+        self._turn_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     # --- from any thread ---------------------------------------------------------------------------------------------
@@ -82,6 +83,12 @@ class StepLoop:
     def load(self) -> Load:
         """The load as of the last snapshot: at most a step and a twentieth of a second old."""
         return self._load
+
+    @property
+    def turning_for(self) -> float:
+        """Seconds that the turn under way has taken; 0 while there is none."""
+        began = self._turn_began
+        return 0.0 if began is None else max(0.0, self._clock() - began)
 
     def start(self) -> None:
         """Starts the thread. Call once."""
@@ -175,7 +182,10 @@ class StepLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                if not self.turn():
+                self._turn_began = self._clock()
+                stepped = self.turn()
+                self._turn_began = None
+                if not stepped:
                     self._wait()
         except BaseException as error:
             # A bug in the loop itself: its state cannot be trusted any more, so the process has to end.

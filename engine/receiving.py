@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from microserve.engine.link import peer_name
 from microserve.engine.outputs import CommitTicket, Opened, Output, Prepare
 from microserve.engine.request import Request
 from microserve.runtime.errors import Busy, Cancelled, InvalidRequest, LeaseNotFound, StaleEpoch
@@ -212,9 +213,11 @@ class Receiving:
         del self._waiting[lease.id]
         _log.warning(
             "KV did not come and is computed here",
-            every=1.0,
+            every=10.0,
+            burst=10,
             request=request.request_id,
-            lease=lease.id,
+            sub=request.sub_id,
+            lease=f"{lease.id:x}",
             arrived=min(lease.received, kv.begin),
             awaited=kv.begin,
             quarantined=self.leases.unsafe(lease),
@@ -315,7 +318,16 @@ class Receiving:
         self.now = now
         for lease in self.leases.sweep(now):
             if lease.attached is None:
-                _log.warning("lease expired", lease=lease.id, matched=lease.matched, end=lease.end)
+                owner = getattr(lease.owner, "peer", lease.owner)
+                _log.warning(
+                    "lease expired",
+                    every=10.0,
+                    burst=10,
+                    lease=f"{lease.id:x}",
+                    owner=owner,
+                    matched=lease.matched,
+                    end=lease.end,
+                )
                 self._event("lease_expired", f"lease {lease.id:x} of [{lease.matched}, {lease.end})")
             else:
                 self._look(lease, over=True)
@@ -372,6 +384,8 @@ class Receiving:
 
     def _tell_quarantined(self, lease: Lease, pages: int) -> None:
         if pages:
-            senders = ", ".join(sorted(name for name, _ in self.leases.quarantined_senders()))
-            _log.warning("pages quarantined", lease=lease.id, pages=pages, senders=senders)
+            found = sorted(self.leases.quarantined_senders())
+            senders = ", ".join(name for name, _ in found)
+            named = " ".join(peer_name(name, epoch) for name, epoch in found)
+            _log.warning("pages quarantined", every=10.0, burst=10, lease=f"{lease.id:x}", pages=pages, senders=named)
             self._event("quarantined", f"{pages} pages of lease {lease.id:x}: {senders} may still write them")

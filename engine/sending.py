@@ -95,7 +95,7 @@ class _Send:
         """The prompt up to the end of the range."""
         self.range = range
         self.began = began
-        self.request = Request(tokens, _NOTHING_SAMPLED, sub_id=sub.sub_id, sends=True)
+        self.request = Request(tokens, _NOTHING_SAMPLED, request_id=sub.request_id, sub_id=sub.sub_id, sends=True)
         self.claiming: asyncio.Task[None] | None = None
         self.way: Way | None = None
         self.claim: int | None = None
@@ -308,7 +308,17 @@ class Sends:
             send.claim = None
         if pushed.error:
             receiver = send.address.engine_id
-            _log.warning("push failed", every=1.0, engine=receiver, pages=count, why=pushed.error)
+            _log.warning(
+                "push failed",
+                every=10.0,
+                burst=10,
+                request=send.request.request_id,
+                sub=send.sub.sub_id,
+                engine=receiver,
+                engine_epoch=send.address.epoch,
+                pages=count,
+                error=pushed.error,
+            )
             self._event("push_failed", f"{receiver}: {pushed.error}")
         send.pushed += count
         send.nbytes += pushed.nbytes

@@ -21,7 +21,7 @@ from microserve.engine.model.config import DecoderConfig, read_config
 from microserve.engine.model.decoder import Decoder
 from microserve.engine.model.kernels import TorchKernels, cpu_kernels, rotate
 from microserve.engine.plan import StepPlan, StepResult
-from microserve.engine.progress import progress_bar
+from microserve.engine.progress import Progress
 from microserve.engine.sampler import Sampler
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.errors import ConfigError, InternalError
@@ -274,11 +274,12 @@ class _Chunk:
         return attended[0].transpose(0, 1).reshape(query.shape[0], -1)
 
 
-def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecutor:
+def open_torch_executor(config: EngineConfig, progress: Progress | None = None) -> TorchExecutor:
     """Loads the checkpoint that `config` names and makes a pool of the size it asks for.
 
-    `progress` draws a bar on standard error. Raises `CheckpointError` and `ConfigError`.
+    `progress` is told how far it is. Raises `CheckpointError` and `ConfigError`.
     """
+    progress = progress if progress is not None else Progress()
     folder = resolve_model(config.model)
     model = read_config(folder)
     device = torch.device("cpu" if config.device == "auto" else config.device)
@@ -297,7 +298,7 @@ def open_torch_executor(config: EngineConfig, *, progress: bool) -> TorchExecuto
     if config.kv_pages is None:
         pages = min(pages, 2 * config.max_running * -(-max_context // config.page_size))
     kernels = cpu_kernels(dtype) if device.type == "cpu" else TorchKernels()
-    with progress_bar(progress, "loading weights") as report:
+    with progress.stage("loading weights") as report:
         if config.dummy_weights:
             weights = dummy_weights(model, dtype=dtype, device=device, pack=kernels.pack)
         else:

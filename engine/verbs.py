@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
+from microserve.engine.calls import tell_failed
 from microserve.engine.checks import check_budget, check_finite, check_generate, check_position
 from microserve.engine.kv_verbs import KvVerb, commit_key, prepare_key
 from microserve.engine.request import Request
@@ -40,7 +41,7 @@ from microserve.runtime.messages import (
 from microserve.runtime.rpc import Outgoing, RpcServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from microserve.engine.calls import CallBook
     from microserve.engine.kv_verbs import KvVerbs
@@ -73,7 +74,7 @@ class EngineVerbs:
 
     `check_prompt` raises for a prompt that is too long. `max_live` bounds the open generations, those in the inbox
     included. `statistics` runs in the step thread. `draw_seed` gives the seed of a request that brings none. `sinks`
-    says who takes the outputs that belong to no generation.
+    says who takes the outputs that belong to no generation. `moved` gives the fields of a load that transfers count.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class EngineVerbs:
         kv: KvVerbs,
         sends: Sends,
         peers: Peers,
+        moved: Callable[[], Mapping[str, int]] = dict,
         clock: Clock = monotonic,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
@@ -108,6 +110,7 @@ class EngineVerbs:
         self._kv = kv
         self._sends = sends
         self._peers = peers
+        self._moved = moved
         self._clock = clock
         self._draw_seed = draw_seed
         self._log = get_logger(__name__)
@@ -129,8 +132,8 @@ class EngineVerbs:
         return "draining" if self._draining else self._steps.load.state
 
     def load(self) -> Load:
-        """The last snapshot, with the state as it is now."""
-        return msgspec.structs.replace(self._steps.load, state=self.state)
+        """The last snapshot, with the state as it is now, and what was sent and received."""
+        return msgspec.structs.replace(self._steps.load, state=self.state, **self._moved())
 
     def drain(self) -> None:
         """Refuse new work from now on, but for what is prepared already. Idempotent."""
@@ -156,6 +159,14 @@ class EngineVerbs:
 
     def handle(self, call: IncomingCall) -> None:
         """Starts or answers one call. Raises the answer when it is an error."""
+        try:
+            self._handle(call)
+        except MicroserveError as error:
+            request, sub = getattr(call.body, "request_id", ""), getattr(call.body, "sub_id", "")
+            tell_failed(type(call.body).__name__, request, sub, call.session, error)
+            raise
+
+    def _handle(self, call: IncomingCall) -> None:
         body = call.body
         if call.session.role == "client":
             raise Forbidden("a client's key is for routers; an engine serves routers, engines and admins")
@@ -273,8 +284,10 @@ class EngineVerbs:
         return True
 
     def _forget(self, request: Request, error: MicroserveError | None) -> None:
-        del self._live[request]
+        call = self._live.pop(request)
         del self._by_sub_id[request.sub_id]
+        if error is not None:
+            tell_failed("StartGenerate", request.request_id, request.sub_id, call.session, error)
         self._book.end_stream(request.sub_id, error)
 
     def _session_lost(self, session: Session) -> None:

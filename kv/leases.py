@@ -49,9 +49,7 @@ class LeaseTable:
     ) -> None:
         """`share` of the pool for leases at most; `term` and `life` in seconds; `draw_id` gives ids nobody guesses."""
         self._cache = cache
-        self._most = max(1, int(cache.total_pages * share))
-        self._term = term
-        self._life = life
+        self.limit(share=share, term=term, life=life)
         self._draw_id = draw_id
         self._leases: dict[int, Lease] = {}
         self._claims: dict[int, tuple[Claim, Lease]] = {}
@@ -61,6 +59,12 @@ class LeaseTable:
         self._counts = dict.fromkeys(
             ("opened", "consumed", "committed", "closed", "expired", "claims", "arrived_pages", "stray_arrivals"), 0
         )
+
+    def limit(self, *, share: float, term: float, life: float) -> None:
+        """Other limits, for leases that are opened or renewed from now on."""
+        self._most = max(1, int(self._cache.total_pages * share))
+        self._term = term
+        self._life = life
 
     def __len__(self) -> int:
         return len(self._leases)

@@ -81,7 +81,7 @@ def _compare(bench: Benchmark, args: argparse.Namespace, checkpoint: Path, shape
 class _Ours:
     def __init__(self, checkpoint: Path, threads: int) -> None:
         config = EngineConfig(model=str(checkpoint), executor="torch", kv_pages=1024, threads=threads)
-        self._executor = open_torch_executor(config, progress=False)
+        self._executor = open_torch_executor(config)
         self._cache = KvCache(1024, config.page_size, clock=monotonic)
         self._scheduler = Scheduler(self._cache, Limits(64, 64, 2048, 1024, None))
 

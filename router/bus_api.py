@@ -146,7 +146,7 @@ class RouterApi:
         except MicroserveError as error:
             call.fail(error)
         except Exception:  # a bug of ours is the answer of this call; the others go on
-            _log.exception("call failed", verb=type(call.body).__name__)
+            _log.exception("call failed", every=1.0, verb=type(call.body).__name__)
             call.fail(InternalError("the router failed; its log says more"))
 
     async def _on_engine(self, call: IncomingCall, body: EngineCall) -> None:

@@ -65,6 +65,8 @@ _REFUSALS = 5.0
 _MEET_AFTER = 0.05
 """Seconds after a change of the fleet until engines are told of each other."""
 _MEET_BUDGET = 10.0
+FORGET_AFTER = 300.0
+"""Seconds after which a silent engine counts as gone, unless it may be silent for longer."""
 
 _log = get_logger(__name__)
 
@@ -109,7 +111,8 @@ class RouterCore:
         self.draining = False
         self.events = EventLog(clock=clock)
         self.inspection = Inspection(clock)
-        self.roster = Roster(silence=config.engine_silence, clock=clock, forget=max(300.0, config.engine_silence))
+        forget = max(FORGET_AFTER, config.engine_silence)
+        self.roster = Roster(silence=config.engine_silence, clock=clock, forget=forget)
         self.fleet = EngineFleet(bus, prepare=self._prepare, clock=clock)
         self.fleet.event = self.events.add
         self.versions.changed = lambda told: self.events.add("strategy", detail=told)
@@ -135,7 +138,7 @@ class RouterCore:
         self._last_end = clock()
         self._end_interval = 0.0
         self._sweeping: asyncio.TimerHandle | None = None
-        metrics.active, metrics.queued = self._count_active, self._count_queued
+        metrics.active, metrics.queued = lambda: len(self._active), lambda: len(self._queue)
         metrics.engines = self.fleet.snapshot
         metrics.versions = self.versions.active_versions
         self._meeting: asyncio.TimerHandle | None = None
@@ -153,6 +156,11 @@ class RouterCore:
     def drain(self) -> None:
         """Refuse what is new from now on; what was accepted is finished. Idempotent."""
         self.draining = True
+
+    def configure(self, config: RouterConfig) -> None:
+        """Another configuration is in effect; what was accepted keeps its limits."""
+        self.config = config
+        self._advance()
 
     def check_open(self) -> None:
         """Raises `Draining` when nothing new is taken."""
@@ -323,6 +331,7 @@ class RouterCore:
         except MicroserveError as error:
             self.metrics.refused(error.code)
             self.events.add("refused", detail=error.code, every=_REFUSALS)
+            _log.info("request refused", every=10.0, burst=5, request=spec.request_id, code=error.code, why=error)
             raise
 
     def _admit(self, spec: GenerationSpec) -> Generation:
@@ -388,12 +397,15 @@ class RouterCore:
             self._last_end = now
         else:
             self._queue.remove(generation)
+        self._advance()
+        if not self._active and not self._queue:
+            self._idle.set()
+
+    def _advance(self) -> None:
         while self._queue and len(self._active) < self.config.max_active:
             following = self._queue.popleft()
             self._active.add(following)
             following.start()
-        if not self._active and not self._queue:
-            self._idle.set()
 
     # --- view ------------------------------------------------------------------------------------------------------
 
@@ -416,12 +428,6 @@ class RouterCore:
             return "unknown"
         self.events.add("aborted", detail=f"{request_id}, by an operator")
         return "freed"
-
-    def _count_active(self) -> int:
-        return len(self._active)
-
-    def _count_queued(self) -> int:
-        return len(self._queue)
 
     def status(self) -> StatusReply:
         """What operators see."""

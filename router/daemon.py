@@ -20,25 +20,35 @@ import microserve
 from microserve.router.bus_api import RouterApi
 from microserve.router.core import RouterCore
 from microserve.router.http import make_app
+from microserve.router.http_auth import HttpAuth
 from microserve.router.metrics import RouterMetrics
-from microserve.router.strategies.catalog import load_catalog
+from microserve.router.reload import router_reload
+from microserve.router.strategies.catalog import StrategyFolder, load_catalog
 from microserve.router.text import TextModel
+from microserve.router.tls import load_certificate
 from microserve.router.versions import Versions
+from microserve.runtime.api_keys import ApiKeys
 from microserve.runtime.config import RouterConfig, config_from_args, default_process_id
 from microserve.runtime.errors import ConfigError, InvalidRequest
 from microserve.runtime.ids import Peer, new_epoch
-from microserve.runtime.keys import check_exposed, identity_name, load_security
+from microserve.runtime.keys import check_exposed, identity_name, is_loopback, load_security
 from microserve.runtime.log import get_logger, setup_logging
 from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from starlette.applications import Starlette
 
     from microserve.router.strategy import Program
+    from microserve.router.tls import Certificate
+    from microserve.runtime.ids import Epoch
     from microserve.runtime.service import Lifecycle
 
 _BACKLOG = 2048
+_LOOK_EVERY = 0.5
+"""Seconds between looks at the files of API keys and of the certificate."""
 _LAST_RESPONSES = 5
 """Seconds that HTTP responses get to be flushed once nothing runs any more."""
 
@@ -47,32 +57,52 @@ _log = get_logger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `microserve router`; its exit code."""
+    read = partial(
+        config_from_args,
+        RouterConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="microserve router",
+        description="Serve the OpenAI API and the bus in front of a fleet of engines.",
+    )
     try:
-        config = config_from_args(
-            RouterConfig,
-            sys.argv[1:] if argv is None else argv,
-            prog="microserve router",
-            description="Serve the OpenAI API and the bus in front of a fleet of engines.",
-        )
+        config = read()
     except ConfigError as error:
         print(f"microserve router: error: {error.message}", file=sys.stderr)
         return EXIT_CONFIG
     # One text at a time: handing it to a pool of threads and back costs more than it saves.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     router_id = config.router_id or identity_name(config.key_file) or default_process_id()
-    setup_logging(config.log_level, config.log_json, f"router:{router_id}")
-    return run_service(partial(serve, config, router_id), name="microserve router")
+    epoch = new_epoch()
+
+    def log_as(config: RouterConfig) -> None:
+        setup_logging(config.log_level, config.log_json, f"router:{router_id}", epoch=epoch)
+
+    log_as(config)
+    work = partial(serve, config, router_id, epoch=epoch, read=read, relog=log_as)
+    return run_service(work, name="microserve router")
 
 
-async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> None:
-    """Runs a router until `lifecycle` drains. Raises `ConfigError` for a wrong setting or an address that is taken."""
+async def serve(
+    config: RouterConfig,
+    router_id: str,
+    lifecycle: Lifecycle,
+    *,
+    epoch: Epoch | None = None,
+    read: Callable[[], RouterConfig] | None = None,
+    relog: Callable[[RouterConfig], object] = lambda config: None,
+) -> None:
+    """Runs a router until `lifecycle` drains. Raises `ConfigError` for a wrong setting or an address that is taken.
+
+    `read` reads the configuration again, for a reload; `relog` sets up logging as a new one says.
+    """
     security = load_security(config.key_file)
     check_exposed([("bind", config.bind)], secured=security is not None, insecure=config.insecure)
-    # HTTP has no keys yet, so only whoever says that it is meant may open it to others.
-    check_exposed([("http_host", config.http_host)], secured=False, insecure=config.insecure)
+    api_keys = ApiKeys(Path(config.api_keys_file)) if config.api_keys_file else None
+    certificate = load_certificate(config)
+    check_http_exposed(config)
     versions = load_versions(config)
     http = bind_http(config.http_host, config.http_port)
-    bus = ZmqBus(Peer("router", router_id, new_epoch()), security=security)
+    bus = ZmqBus(Peer("router", router_id, new_epoch() if epoch is None else epoch), security=security)
     with contextlib.closing(http):
         registry = CollectorRegistry()
         core = RouterCore(
@@ -84,18 +114,24 @@ async def serve(config: RouterConfig, router_id: str, lifecycle: Lifecycle) -> N
             version=microserve.__version__,
         )
         api = RouterApi(core)
-        server = _HttpServer(_http_config(config, core))
+        auth = HttpAuth(api_keys, refused=core.metrics.unauthorized)
+        server = _HttpServer(_http_config(config, make_app(core, auth=auth), certificate))
         try:
             listener = await bus.listen(config.bind, api.server)
             core.start()
-            core.http_url = url_of(http)
+            core.http_url = url_of(http, "http" if certificate is None else "https")
             serving = asyncio.create_task(server.serve(sockets=[http]), name="http")
+            watching = asyncio.create_task(_watch_files(auth, certificate), name="keys")
             try:
                 _freeze()
                 _log.info("ready", bus=listener.endpoint, http=core.http_url, strategy=core.versions.default.version)
+                if read is not None:
+                    lifecycle.reload = router_reload(core, read, relog, server.keep_alive)
+                lifecycle.drain_limit = lambda: core.config.drain_timeout
                 lifecycle.ready(partial(_status_line, core))
-                await _until_drained(config, lifecycle, core, serving)
+                await _until_drained(lifecycle, core, serving)
             finally:
+                watching.cancel()
                 await core.close()
                 await api.close()
                 server.should_exit = True
@@ -113,9 +149,7 @@ def _status_line(core: RouterCore) -> str:
     return f"{ready} of {len(status.engines)} engines ready: {requests}, {status.strategy}"
 
 
-async def _until_drained(
-    config: RouterConfig, lifecycle: Lifecycle, core: RouterCore, serving: asyncio.Task[None]
-) -> None:
+async def _until_drained(lifecycle: Lifecycle, core: RouterCore, serving: asyncio.Task[None]) -> None:
     draining = asyncio.create_task(lifecycle.draining.wait(), name="drain")
     try:
         await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -128,15 +162,16 @@ async def _until_drained(
     status = core.status()
     running = status.active_requests + status.queued_requests
     _log.info("finishing what runs; new requests are refused", requests=running)
-    if await lifecycle.wait_drained(core.wait_idle(), config.drain_timeout):
+    limit = core.config.drain_timeout
+    if await lifecycle.wait_drained(core.wait_idle(), limit):
         _log.info("drained", requests=running)
     else:
-        _log.warning("drain took too long; what still runs is cut off", seconds=config.drain_timeout)
+        _log.warning("drain took too long; what still runs is cut off", seconds=limit)
 
 
 def load_versions(config: RouterConfig) -> Versions:
     """What serves at the start: the configured strategy, or what was set before the last restart."""
-    folder = Path(config.strategy_folder) if config.strategy_folder else None
+    folder = StrategyFolder(Path(config.strategy_folder)) if config.strategy_folder else None
     store = Path(config.state_folder) / "strategies.json" if config.state_folder else None
     return Versions(load_program(config), partial(load_catalog, folder), store=store)
 
@@ -173,10 +208,34 @@ def bind_http(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     """The base URL of a bound socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def check_http_exposed(config: RouterConfig) -> None:
+    """Raises `ConfigError` when other machines can reach HTTP, and there are no keys, or they travel in clear text."""
+    if config.insecure or is_loopback(config.http_host):
+        return
+    where = f"http_host = {config.http_host!r} can be reached from other machines"
+    if config.api_keys_file is None:
+        raise ConfigError(
+            f"{where}, and nothing would ask them who they are: make keys ('microserve keys api new') and set "
+            "api_keys_file, tls_cert and tls_key, or say --insecure"
+        )
+    if config.tls_cert is None:
+        raise ConfigError(
+            f"{where}, and API keys would travel in clear text: set tls_cert and tls_key, or say --insecure"
+        )
+
+
+async def _watch_files(auth: HttpAuth, certificate: Certificate | None) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_EVERY)
+        auth.look()
+        if certificate is not None:
+            certificate.look()
 
 
 class _HttpServer(uvicorn.Server):
@@ -186,21 +245,34 @@ class _HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def keep_alive(self, seconds: float) -> None:
+        """How long connections stay open while nothing is asked, from the next one on."""
+        self.config.timeout_keep_alive = _whole(seconds)
 
-def _http_config(config: RouterConfig, core: RouterCore) -> uvicorn.Config:
+
+def _whole(seconds: float) -> int:
+    return max(1, round(seconds))
+
+
+def _http_config(config: RouterConfig, app: Starlette, certificate: Certificate | None) -> uvicorn.Config:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    return uvicorn.Config(
-        make_app(core),
+    http = uvicorn.Config(
+        app,
         http="httptools",
         ws="none",
         lifespan="off",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_keep_alive=max(1, round(config.keep_alive)),
+        timeout_keep_alive=_whole(config.keep_alive),
         timeout_graceful_shutdown=_LAST_RESPONSES,
         backlog=_BACKLOG,
     )
+    if certificate is not None:
+        # Ours, and not one that uvicorn makes: it can be given another certificate while it is in use.
+        http.load()
+        http.ssl = certificate.context
+    return http
 
 
 def _freeze() -> None:

@@ -283,7 +283,8 @@ class Generation:
             return InternalError(f"strategy '{self._name}' ended without a last chunk")
         except MicroserveError as error:
             return error
-        except (Exception, SystemExit) as error:  # a user's program may raise anything; it ends this request alone
+        except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            # A user's program may raise anything; it ends this request alone.
             _log.exception("strategy failed", every=1.0, strategy=self._name, request=self.request.id)
             return InternalError(f"strategy '{self._name}' failed: {type(error).__name__}: {error}")
         finally:

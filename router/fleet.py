@@ -78,7 +78,7 @@ class EngineFleet:
         for event in events:
             info, load, change = event.info, event.load, event.change
             link = self._links.get(info.engine_id)
-            _log.info("engine " + change.value, engine=info.engine_id, epoch=info.epoch, model=info.model.name)
+            _log.info("engine " + change.value, engine=info.engine_id, engine_epoch=info.epoch, model=info.model.name)
             self.event(change.value, engine=info.engine_id, epoch=info.epoch, detail=info.model.name)
             if change is Change.LEFT:
                 self.leave(info.engine_id)
@@ -144,7 +144,14 @@ class EngineFleet:
             try:
                 client = await self._dial(link.info)
             except MicroserveError as error:
-                _log.warning("engine cannot be reached", every=5.0, engine=link.id, error=error.message)
+                epoch = link.info.epoch
+                _log.warning(
+                    "engine cannot be reached",
+                    every=5.0,
+                    engine=link.id,
+                    engine_epoch=epoch,
+                    error=error.message,
+                )
                 await self._pause(delay)
                 delay = min(delay * 2, _LAST_DELAY)
                 continue
@@ -155,7 +162,8 @@ class EngineFleet:
                 continue
             link.client = client
             self.event("connected", engine=link.id, epoch=link.info.epoch, detail=link.info.endpoint)
-            _log.info("engine connected", engine=link.id, epoch=link.info.epoch, endpoint=link.info.endpoint)
+            at = link.info.endpoint
+            _log.info("engine connected", engine=link.id, engine_epoch=link.info.epoch, endpoint=at)
             self.changed()
             subscription = await self._subscribe(link)
             try:
@@ -166,7 +174,7 @@ class EngineFleet:
                 if subscription is not None:
                     subscription.close()
             self.event("lost", engine=link.id, epoch=link.info.epoch, detail=reason.message)
-            _log.warning("engine session lost", engine=link.id, error=reason.message)
+            _log.warning("engine session lost", engine=link.id, engine_epoch=link.info.epoch, error=reason.message)
             self.changed()
 
     async def _subscribe(self, link: EngineLink) -> Subscription | None:

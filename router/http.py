@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from microserve.router.admin import AdminPages
+from microserve.router.http_auth import HttpAuth
 from microserve.router.microserving.endpoints import Microserving
 from microserve.router.microserving.verbs import ROOT
 from microserve.router.openai import parse
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+    from microserve.router.http_auth import Needs
+    from microserve.router.metrics import RouterMetrics
     from microserve.runtime.messages import ModelInfo
 
     Handler = Callable[[Exchange], Awaitable[None]]
@@ -43,12 +46,23 @@ _log = get_logger(__name__)
 
 
 class _Door:
-    """Runs a handler as an ASGI application. Every answer has a request id; no exception leaves it."""
+    """Runs a handler as an ASGI application, for who may. Every answer has a request id; no exception leaves it."""
 
-    def __init__(self, handler: Handler, ids: IdSource, keep_alive: float) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        ids: IdSource,
+        keep_alive: float,
+        auth: HttpAuth,
+        metrics: RouterMetrics,
+        needs: Needs,
+    ) -> None:
         self._handler = handler
+        self._metrics = metrics
         self._ids = ids
         self._keep_alive = keep_alive
+        self._auth = auth
+        self._needs = needs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, keep_alive=self._keep_alive)
@@ -56,16 +70,19 @@ class _Door:
         name = given.decode() if given is not None and _SANE_ID.fullmatch(given) else self._ids.next()
         exchange.name(name)
         try:
-            await self._handler(exchange)
+            with self._auth.admitted(exchange, self._needs):
+                await self._handler(exchange)
         except ClientGone:
             return
         except MicroserveError as error:
+            self._metrics.http_error(error.code)
             if error.http_status >= 500:
                 _log.warning("request failed", every=1.0, request=name, code=error.code, error=error.message)
             if not exchange.gone:
                 await exchange.refuse(error)
         except Exception:  # a bug must not cost more than its own request
-            _log.exception("request failed", request=name)
+            self._metrics.http_error(InternalError.code)
+            _log.exception("request failed", every=1.0, request=name)
             if not exchange.gone:
                 await exchange.refuse(InternalError(f"internal error; the router's log has it under {name}"))
         finally:
@@ -156,8 +173,12 @@ class _Pages:
         await exchange.answer(body, content_type=CONTENT_TYPE_LATEST.encode())
 
 
-def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette:
-    """The application over `core`. A silent stream gets a comment every `keep_alive` seconds."""
+def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS, auth: HttpAuth | None = None) -> Starlette:
+    """The application over `core`. A silent stream gets a comment every `keep_alive` seconds.
+
+    `auth` says who may call what; None: everybody everything.
+    """
+    guard = auth if auth is not None else HttpAuth(None)
     max_body = core.config.max_body_bytes
     ids = IdSource("req")
     endpoints = Endpoints(core, max_body=max_body)
@@ -165,10 +186,10 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
     admin = AdminPages(core, max_body)
     verbs = Microserving(core, max_body)
 
-    def route(path: str, method: str, handler: Handler) -> Route:
-        return Route(path, _Door(handler, ids, keep_alive), methods=[method])
+    def route(path: str, method: str, handler: Handler, needs: Needs = "a key") -> Route:
+        return Route(path, _Door(handler, ids, keep_alive, guard, core.metrics, needs), methods=[method])
 
-    def door(path: str, **handlers: Handler) -> list[Route]:
+    def door(path: str, needs: Needs, **handlers: Handler) -> list[Route]:
         """One path that serves several methods."""
 
         async def by_method(exchange: Exchange) -> None:
@@ -176,7 +197,7 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
             method = exchange.scope["method"]
             await handlers["GET" if method == "HEAD" else method](exchange)
 
-        return [Route(path, _Door(by_method, ids, keep_alive), methods=list(handlers))]
+        return [Route(path, _Door(by_method, ids, keep_alive, guard, core.metrics, needs), methods=list(handlers))]
 
     async def refuse(request: Request, error: MicroserveError, allowed: str = "") -> None:
         async def handler(exchange: Exchange) -> None:
@@ -184,7 +205,9 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
                 exchange.headers.append((b"allow", allowed.encode()))
             raise error
 
-        await _Door(handler, ids, keep_alive)(request.scope, request.receive, request._send)
+        await _Door(handler, ids, keep_alive, guard, core.metrics, "nothing")(
+            request.scope, request.receive, request._send
+        )
 
     async def not_found(request: Request, _error: Exception) -> None:
         await refuse(request, NoSuchRoute(f"{request.method} {request.url.path}: there is nothing here"))
@@ -201,16 +224,16 @@ def make_app(core: Core, *, keep_alive: float = KEEP_ALIVE_SECONDS) -> Starlette
             route("/v1/models/{name:path}", "GET", pages.model),
             route("/tokenize", "POST", pages.tokenize),
             route("/detokenize", "POST", pages.detokenize),
-            route("/health", "GET", pages.health),
-            route("/ready", "GET", pages.ready),
-            route("/metrics", "GET", pages.metrics),
-            *door("/admin/strategies", GET=admin.strategies, PUT=admin.set),
-            route("/admin/strategies/rollback", "POST", admin.roll_back),
+            route("/health", "GET", pages.health, "nothing"),
+            route("/ready", "GET", pages.ready, "nothing"),
+            route("/metrics", "GET", pages.metrics, "nothing" if core.config.metrics_open else "a key"),
+            *door("/admin/strategies", "admin", GET=admin.strategies, PUT=admin.set),
+            route("/admin/strategies/rollback", "POST", admin.roll_back, "admin"),
             route(f"{ROOT}/engines", "GET", verbs.engines),
             route(f"{ROOT}/engines/{{id}}", "GET", verbs.engine),
-            route(f"{ROOT}/engines/{{id}}/{{verb}}", "POST", verbs.verb),
-            route(f"{ROOT}/openapi.json", "GET", verbs.openapi),
-            route(f"{ROOT}/docs", "GET", verbs.docs),
+            route(f"{ROOT}/engines/{{id}}/{{verb}}", "POST", verbs.verb, "admin"),
+            route(f"{ROOT}/openapi.json", "GET", verbs.openapi, "nothing"),
+            route(f"{ROOT}/docs", "GET", verbs.docs, "nothing"),
         ],
         exception_handlers={404: not_found, 405: not_allowed},  # type: ignore[dict-item]
     )

@@ -6,6 +6,8 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from microserve.router.dispatch import Generation, State
+from microserve.runtime.errors import CallerError, Cancelled, Unavailable
+from microserve.runtime.log import get_logger
 from microserve.runtime.messages import RequestInfo, Requests, SubRequestInfo
 
 if TYPE_CHECKING:
@@ -13,9 +15,12 @@ if TYPE_CHECKING:
 
     from microserve.router.pending import SubRecord
     from microserve.runtime.clock import Clock
+    from microserve.runtime.errors import MicroserveError
 
 MOST_RECENT = 256
 """Requests that have ended and are remembered."""
+
+_log = get_logger(__name__)
 
 
 class Inspection:
@@ -27,7 +32,11 @@ class Inspection:
 
     def ended(self, generation: Generation) -> None:
         """Called once for each, when nothing of it is left."""
-        self._recent.append(self._describe(generation))
+        described = self._describe(generation)
+        self._recent.append(described)
+        error = generation.error
+        if error is not None or _log.wants_debug:
+            _tell(described, error)
 
     def requests(self, open_ones: Iterable[Generation], *, request_id: str | None, recent: int, limit: int) -> Requests:
         """`open_ones` oldest first and the last `recent`, newest first; or those of one id alone."""
@@ -61,6 +70,29 @@ class Inspection:
             error="" if error is None else error.message,
             sub_requests=[_sub_request(record, created) for record in generation.sub_requests],
         )
+
+
+def _tell(ended: RequestInfo, error: MicroserveError | None) -> None:
+    """One line for a request that has ended: those that went well are for whoever looks closely."""
+    tell = _log.warning
+    if error is None:
+        tell = _log.debug
+    elif isinstance(error, CallerError | Cancelled | Unavailable):
+        tell = _log.info
+    tell(
+        "request ended",
+        every=None if error is None else 10.0,
+        burst=20,
+        request=ended.request_id,
+        model=ended.model,
+        strategy=ended.strategy,
+        engines=",".join(ended.engines),
+        outcome=ended.state,
+        prompt_tokens=ended.prompt_tokens,
+        output_tokens=ended.output_tokens,
+        seconds=round(ended.ended or 0.0, 3),
+        error=ended.error,
+    )
 
 
 def _sub_request(record: SubRecord, created: float) -> SubRequestInfo:

@@ -43,6 +43,7 @@ _BUS_EVENTS = (
     "overflows",
     "sequence_gaps",
     "strays",
+    "unauthorized",
 )
 _STATES = ("ready", "degraded", "starting", "draining", "connecting", "silent")
 
@@ -125,6 +126,8 @@ class RouterMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self._labels: dict[tuple[str, str], _Label] = {}
         self._refused: Counter[str] = Counter()
+        self._unauthorized: Counter[str] = Counter()
+        self._http_errors: Counter[str] = Counter()
         self._verbs: dict[str, _Verb] = {}
         self.active: Callable[[], int] = lambda: 0
         self.queued: Callable[[], int] = lambda: 0
@@ -172,6 +175,14 @@ class RouterMetrics(Collector):
     def refused(self, code: str) -> None:
         """A choice was refused before anything started. The model's name is the caller's to invent: it is no label."""
         self._refused[code] += 1
+
+    def unauthorized(self, reason: str) -> None:
+        """Somebody was refused at the door."""
+        self._unauthorized[reason] += 1
+
+    def http_error(self, code: str) -> None:
+        """An HTTP request, of whatever kind, was answered with an error."""
+        self._http_errors[code] += 1
 
     def _label(self, model: str, version: str) -> _Label:
         key = (model, version)
@@ -241,7 +252,13 @@ class RouterMetrics(Collector):
         refused = _counter("refused", "Choices refused before they started.", "reason")
         for code, count in self._refused.items():
             refused.add_metric([code], count)
-        yield from (requests, tokens, refused)
+        unauthorized = _counter("unauthorized", "HTTP requests refused for want of a key that may.", "reason")
+        for reason, count in self._unauthorized.items():
+            unauthorized.add_metric([reason], count)
+        errors = _counter("http_errors", "HTTP requests answered with an error, by its code.", "code")
+        for code, count in self._http_errors.items():
+            errors.add_metric([code], count)
+        yield from (requests, tokens, refused, unauthorized, errors)
 
     def _times(self) -> Iterator[Metric]:
         for name, text in (

@@ -88,6 +88,10 @@ class Versions:
         if store is not None and store.exists():
             self._restore(store)
 
+    def read_from(self, catalog: Callable[[], Catalog]) -> None:
+        """Sources of strategies are elsewhere from now on. What serves is not touched."""
+        self._catalog = catalog
+
     # --- serving -----------------------------------------------------------------------------------------------------
 
     def choose(self, model: str, request_id: str) -> Program:

@@ -80,13 +80,17 @@ class Roster:
     """
 
     def __init__(self, *, silence: float, clock: Clock, forget: float = 300.0) -> None:
+        self._clock = clock
+        self.limit(silence=silence, forget=forget)
+        self._members: dict[str, Member] = {}
+        self._least: dict[str, int] = {}
+
+    def limit(self, *, silence: float, forget: float) -> None:
+        """Other limits from now on."""
         if not 0 < silence <= forget:
             raise ValueError(f"silence ({silence} s) must be positive and at most forget ({forget} s)")
         self._silence = silence
         self._forget = forget
-        self._clock = clock
-        self._members: dict[str, Member] = {}
-        self._least: dict[str, int] = {}
 
     def announce(self, info: EngineInfo, load: Load) -> list[RosterEvent]:
         """An engine says who it is. Raises `InvalidRequest` when a newer process has its name, or it has left."""
@@ -216,7 +220,7 @@ class Announcer:
             self._tasks.append(task)
 
     def changed(self) -> None:
-        """The engine's state changed: tell the routers now, not at the next heartbeat."""
+        """The engine's state or its facts changed: tell the routers now, not at the next heartbeat."""
         for wake in self._wakes.values():
             wake.set()
 
@@ -247,11 +251,11 @@ class Announcer:
                 self._log.warning("router does not answer", every=30.0, router=endpoint, error=error)
             else:
                 try:
-                    await self._announce(client)
+                    told = await self._announce(client)
                     delay = _FIRST_RETRY
                     self._announced[endpoint] = client
                     self._log.info("announced", router=endpoint)
-                    await self._beat(client, self._wakes[endpoint])
+                    await self._beat(client, self._wakes[endpoint], told)
                 except MicroserveError as error:
                     self._log.warning("router lost", every=5.0, router=endpoint, error=error)
                     self._announced.pop(endpoint, None)
@@ -265,10 +269,13 @@ class Announcer:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, _LAST_RETRY)
 
-    async def _announce(self, client: RpcClient) -> None:
-        await client.call(Announce(info=self._info(), load=self._load()), budget=_CALL_BUDGET)
+    async def _announce(self, client: RpcClient) -> EngineInfo:
+        """What the router was told."""
+        info = self._info()
+        await client.call(Announce(info=info, load=self._load()), budget=_CALL_BUDGET)
+        return info
 
-    async def _beat(self, client: RpcClient, wake: asyncio.Event) -> None:
+    async def _beat(self, client: RpcClient, wake: asyncio.Event, told: EngineInfo) -> None:
         # A lost session ends the wait: the call that follows raises, and the router is dialled again at once.
         client.on_lost = lambda error: wake.set()
         while True:
@@ -278,11 +285,14 @@ class Announcer:
                     await wake.wait()
             wake.clear()
             info = self._info()
+            if info is not told and info != told:
+                told = await self._announce(client)
+                continue
             try:
                 message = Heartbeat(engine_id=info.engine_id, epoch=info.epoch, load=self._load())
                 await client.call(message, budget=_CALL_BUDGET)
             except NotFound:
-                await self._announce(client)
+                told = await self._announce(client)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -144,7 +144,7 @@ class RpcServer:
         except MicroserveError as failure:
             call.fail(failure)
         except Exception:  # a verb's bug is the answer of this call, and nobody else's concern
-            _log.exception("verb failed", verb=type(message.body).__name__, peer=session.peer)
+            _log.exception("verb failed", every=1.0, verb=type(message.body).__name__, peer=session.peer)
             call.fail(InternalError(f"{type(message.body).__name__} failed; the log of this process says more"))
 
     def _cancel(self, call: IncomingCall, reason: MicroserveError) -> None:
@@ -155,7 +155,7 @@ class RpcServer:
         try:
             on_cancel(reason)
         except Exception:  # as above; the caller still gets its terminal answer
-            _log.exception("cancelling failed", verb=type(call.body).__name__, peer=call.session.peer)
+            _log.exception("cancelling failed", every=1.0, verb=type(call.body).__name__, peer=call.session.peer)
             call.fail(InternalError("cancelling failed; the log of this process says more"))
 
     def finish(self, call: IncomingCall) -> None:
@@ -173,7 +173,7 @@ class RpcServer:
             _log.debug("answer dropped", peer=session.peer, why=error.message)
         except (TooLarge, TypeError, ValueError, OverflowError) as error:
             # Ours to answer for: the caller asked for nothing that large, or a verb built a body that has no encoding.
-            _log.error("an answer cannot travel", peer=session.peer, why=error)
+            _log.error("an answer cannot travel", every=1.0, peer=session.peer, why=error)
             self._send_failures(session, message, f"the answer cannot travel: {error}")
 
     def _send_failures(self, session: Session, message: RpcMessage, why: str) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import CheckpointError, ConfigError, MicroserveError
 from microserve.runtime.log import get_logger
 from microserve.runtime.systemd import Notifier
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
     from types import FrameType
 
 EXIT_OK = 0
@@ -29,6 +31,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 STATUS_INTERVAL = 2.0
 """Seconds between status texts for the service manager."""
+_MORE_TIME = 30.0
+"""Seconds that a start-up asks for, again and again, while it moves."""
+_TELL_START = 10.0
+"""Seconds between lines in the log about a start-up that takes long."""
+_STOP_SLACK = 15.0
+"""Seconds that a service gets, above what its drain may take, to say goodbye and to end its threads."""
 
 
 class Lifecycle:
@@ -43,24 +51,48 @@ class Lifecycle:
         self.reason = ""
         self.notifier = notifier if notifier is not None else Notifier({})
         self.reload: Callable[[], None] | None = None
-        """Reads the configuration again; None: this service cannot. Raises `ConfigError` and changes nothing then."""
+        """Reads the configuration again; None: this service cannot. Raises `ConfigError` and changes nothing then.
+        Not called before `ready`: a SIGHUP that comes earlier waits for it."""
+        self.drain_limit: Callable[[], float] | None = None
+        """How many seconds a drain may take: the service manager is asked for them."""
         self.healthy: Callable[[], bool] = lambda: True
         """Asked before each sign of life for the watchdog: whether everything beside the event loop moves, too."""
         self._status: Callable[[], str] | None = None
+        self._serving = False
+        self._hung_up = False
         self._tasks: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def starting(
+        self, look: Callable[[], str | None], *, interval: float = STATUS_INTERVAL
+    ) -> AsyncIterator[None]:
+        """Around what takes long before `ready`: asks the service manager for more time every `interval` seconds.
+
+        `look` says what is done now, or None when nothing moves any more: then nothing more is asked for, and the
+        service manager ends it when its own patience does.
+        """
+        asking = asyncio.create_task(self._ask_for_time(look, interval), name="service start")
+        try:
+            yield
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     def ready(self, status: Callable[[], str] | None = None) -> None:
         """The service serves from now on. `status` makes the line that `systemctl status` shows."""
         self._status = status
+        self._serving = True
         self.notifier.ready(status() if status is not None else "")
         if status is not None and self.notifier.active:
             self._tasks.append(asyncio.create_task(self._tell_status(status), name="service status"))
+        if self._hung_up:
+            self.reload_now()
 
     def drain(self, reason: str) -> None:
         """Begin to drain, as a signal does. Idempotent; on the event loop only."""
         if not self.draining.is_set():
             self.reason = reason
-            self.notifier.stopping()
+            self.notifier.stopping(within=self.drain_limit() + _STOP_SLACK if self.drain_limit is not None else None)
             self.draining.set()
 
     async def wait_drained(self, work: Awaitable[object], timeout: float) -> bool:
@@ -86,8 +118,14 @@ class Lifecycle:
         self._tasks.clear()
 
     def reload_now(self) -> None:
-        """What SIGHUP does."""
+        """What SIGHUP does. The service manager hears of its end, however it goes."""
         log = get_logger(__name__)
+        if self.draining.is_set():
+            log.warning("SIGHUP: nothing is reloaded while this service ends")
+            return
+        if not self._serving:
+            self._hung_up = True
+            return
         if self.reload is None:
             log.warning("SIGHUP: this service has nothing that can be reloaded")
             return
@@ -96,12 +134,27 @@ class Lifecycle:
             self.reload()
         except ConfigError as error:
             log.error("the configuration was not reloaded; the old one stays", error=error.message)
+        except Exception:  # a bug in reloading must not end what runs
+            log.exception("the configuration was not reloaded: a bug")
         self.notifier.ready(self._status() if self._status is not None else "")
 
     async def _feed(self, interval: float) -> None:
         while True:
             if self.healthy():
                 self.notifier.alive()
+            await asyncio.sleep(interval)
+
+    async def _ask_for_time(self, look: Callable[[], str | None], interval: float) -> None:
+        log, began, told = get_logger(__name__), monotonic(), monotonic()
+        while not self.draining.is_set():
+            doing, now = look(), monotonic()
+            if doing is None:
+                log.error("the start-up does not move", every=60.0, seconds=round(now - began))
+            else:
+                self.notifier.extend_start(_MORE_TIME, doing)
+                if now - told >= _TELL_START:
+                    told = now
+                    log.info("starting", doing=doing, seconds=round(now - began))
             await asyncio.sleep(interval)
 
     async def _tell_status(self, status: Callable[[], str]) -> None:
@@ -119,6 +172,9 @@ def run_service(
     An expected error (`MicroserveError`, a port in use) is told in one line; a bug, with its traceback.
     A second signal ends the process with 128 plus the signal's number.
     """
+    if not faulthandler.is_enabled():
+        # A watchdog ends a service that hangs with SIGABRT: where each thread was belongs in the log.
+        faulthandler.enable()
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(_supervised(main, environ))

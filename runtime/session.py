@@ -202,7 +202,7 @@ class LiveSession:
         try:
             self._handler.opened(self)
         except Exception:  # a handler's bug must not take the bus down
-            _log.exception("handler failed", on="opened", peer=self.peer)
+            _log.exception("handler failed", every=1.0, on="opened", peer=self.peer)
 
     def _tell_greeted(self, error: MicroserveError | None) -> None:
         on_greeted, self._on_greeted = self._on_greeted, None
@@ -302,7 +302,7 @@ class LiveSession:
         try:
             self._handler.received(self, message)
         except Exception:  # a handler's bug must not take the bus down
-            _log.exception("handler failed", on=type(message).__name__, peer=self.peer)
+            _log.exception("handler failed", every=1.0, on=type(message).__name__, peer=self.peer)
 
     def _receive_control(self, message: AnyMessage) -> None:
         if isinstance(message, Ping | Pong | Bye):
@@ -415,7 +415,7 @@ class LiveSession:
             try:
                 self._handler.lost(self, error)
             except Exception:  # a handler's bug must not take the bus down
-                _log.exception("handler failed", on="lost", peer=self.peer)
+                _log.exception("handler failed", every=1.0, on="lost", peer=self.peer)
         self._tell_greeted(error)
 
     def _say_bye(self, reason: str) -> None:

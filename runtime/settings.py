@@ -95,6 +95,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_running: Annotated[int, Meta(ge=1, description="requests computed at once")] = 64
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
     step_tokens: Annotated[int, Meta(ge=1, description="token budget of a step: decodes, then prompt chunks")] = 512
+    step_timeout: Annotated[
+        float,
+        Meta(gt=0, description="seconds after which a step counts as hung, and the watchdog restarts the process"),
+    ] = 120.0
     transport: Annotated[
         Literal["auto", "nixl", "loopback"],
         Meta(
@@ -149,6 +153,15 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
         "127.0.0.1"
     )
     http_port: Annotated[int, Meta(ge=0, le=65535, description="port of the HTTP server; 0 takes a free one")] = 8000
+    api_keys_file: Annotated[
+        str | None,
+        Meta(description="HTTP asks for API keys of this file ('microserve keys api'; not set: it asks nobody)"),
+    ] = None
+    tls_cert: Annotated[
+        str | None, Meta(description="certificate chain of the HTTP server, PEM (not set: plain HTTP)")
+    ] = None
+    tls_key: Annotated[str | None, Meta(description="private key of the certificate, PEM")] = None
+    metrics_open: Annotated[bool, Meta(description="/metrics asks for no API key")] = False
     max_active: Annotated[int, Meta(ge=1, description="requests at engines at once")] = 1024
     max_queued: Annotated[int, Meta(ge=0, description="requests that may wait for a place; one more gets 429")] = 256
     queue_timeout: Annotated[float, Meta(ge=0, description="seconds that a request may wait for a place")] = 30.0

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MICROSECONDS = 1_000_000
+_PATIENCE = 1.0
+"""Seconds to wait for a manager whose queue is full, with what it must not miss. (Linux keeps ten datagrams.)"""
 
 _log = get_logger(__name__)
 
@@ -30,8 +32,6 @@ class Notifier:
         self._status = ""
         if self._address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            # A manager that does not read must not hold up the service.
-            self._socket.setblocking(False)
         self.watchdog_interval = _watchdog(environ) if self._socket is not None else None
         """Seconds between signs of life: half of what the manager allows. None: it wants none."""
 
@@ -42,31 +42,32 @@ class Notifier:
 
     def ready(self, status: str = "") -> None:
         """The service serves."""
-        self._send(READY=1, **({"STATUS": status} if status else {}))
+        self._send(_PATIENCE, READY=1, **({"STATUS": status} if status else {}))
         self._status = status
 
     def status(self, text: str) -> None:
         """One line for `systemctl status`; what it shows already is not sent again."""
         if text != self._status:
             self._status = text
-            self._send(STATUS=text)
+            self._send(0.0, STATUS=text)
 
     def alive(self) -> None:
         """A sign of life for the watchdog."""
-        self._send(WATCHDOG=1)
+        self._send(0.0, WATCHDOG=1)
 
     def extend_start(self, seconds: float, status: str) -> None:
         """Start-up takes longer than the unit allows: `seconds` more from now."""
-        self._send(EXTEND_TIMEOUT_USEC=round(seconds * _MICROSECONDS), STATUS=status)
+        self._send(0.0, EXTEND_TIMEOUT_USEC=round(seconds * _MICROSECONDS), STATUS=status)
         self._status = status
 
     def reloading(self) -> None:
         """The configuration is read again; `ready` follows."""
-        self._send(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+        self._send(_PATIENCE, RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
 
-    def stopping(self, status: str = "draining") -> None:
-        """The service finishes what it has."""
-        self._send(STOPPING=1, STATUS=status)
+    def stopping(self, status: str = "draining", *, within: float | None = None) -> None:
+        """The service finishes what it has, `within` so many seconds, if that may be more than the unit allows."""
+        extended = {} if within is None else {"EXTEND_TIMEOUT_USEC": round(within * _MICROSECONDS)}
+        self._send(_PATIENCE, STOPPING=1, STATUS=status, **extended)
         self._status = status
 
     def close(self) -> None:
@@ -75,11 +76,13 @@ class Notifier:
         if sock is not None:
             sock.close()
 
-    def _send(self, **fields: object) -> None:
+    def _send(self, patience: float, /, **fields: object) -> None:
+        """A manager that does not read must not hold up the service, but for `patience` seconds."""
         if self._socket is None:
             return
         # A newline would begin another field.
         text = "\n".join(f"{key}={str(value).replace(chr(10), ' ')}" for key, value in fields.items())
+        self._socket.settimeout(patience)
         try:
             self._socket.sendto(text.encode(), self._address)
         except OSError as error:

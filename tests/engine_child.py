@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
     opened: list[KvMemory] = []
     open_executor = daemon.open_executor
 
-    def open_ours(config: Any) -> Executor:
-        executor = open_executor(config)
+    def open_ours(config: Any, progress: Any) -> Executor:
+        executor = open_executor(config, progress)
         if ours.page_kib and isinstance(executor, FakeExecutor):
             executor.pool = np.zeros((executor.total_pages, ours.page_kib * 128), dtype=np.uint64)
         opened.append(executor.memory)

@@ -37,7 +37,7 @@ class Answer:
 class Serving:
     def __init__(self, checkpoint: Path, *, pages: int = 256, prefill_chunk: int | None = None) -> None:
         config = EngineConfig(model=str(checkpoint), kv_pages=pages, executor="torch")
-        self.executor = open_torch_executor(config, progress=False)
+        self.executor = open_torch_executor(config)
         self.cache = KvCache(pages, config.page_size, clock=ManualClock())
         limits = Limits(32, 100, 100, self.executor.model.max_context, prefill_chunk)
         self.scheduler = Scheduler(self.cache, limits, eos_token_ids=self.executor.model.eos_token_ids)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from microserve.engine.calls import CallBook
 from microserve.runtime.errors import Busy, Cancelled, Conflict, InvalidRequest, MicroserveError, PeerLost
-from microserve.runtime.messages import Committed, Ok
+from microserve.runtime.messages import Commit, Committed, Ok
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class Caller:
     """An `IncomingCall` that keeps its answer."""
 
-    def __init__(self, session: object = None) -> None:
+    def __init__(self, session: object) -> None:
         self.session = session
+        self.body = Commit(request_id="q", sub_id="s", lease=1)
         self.answers: list[ReplyBody | MicroserveError] = []
         self.on_cancel: Callable[[MicroserveError], None] | None = None
 
@@ -35,8 +37,12 @@ class Caller:
         self.on_cancel(error)
 
 
-def caller(session: object = None) -> Any:
-    return Caller(session)
+def session() -> Any:
+    return SimpleNamespace(peer="router:r:1")
+
+
+def caller(of: object = None) -> Any:
+    return Caller(of if of is not None else session())
 
 
 GONE = Cancelled("gone")
@@ -146,10 +152,10 @@ def test_an_abort_ends_it_for_everybody() -> None:
 
 
 def test_what_a_lost_session_began_is_forgotten() -> None:
-    book, session = CallBook(), object()
-    book.open(caller(session), "s", 1).reply(Ok())
-    book.open(caller(object()), "t", 1).reply(Ok())
-    book.forget(session)  # type: ignore[arg-type]
+    book, lost = CallBook(), session()
+    book.open(caller(lost), "s", 1).reply(Ok())
+    book.open(caller(), "t", 1).reply(Ok())
+    book.forget(lost)
     assert not book.joined(caller(), "s", 1)
     assert book.joined(caller(), "t", 1)
 

@@ -158,6 +158,6 @@ def test_the_revision_changes_with_config_and_with_weights(folder: Path) -> None
 
 def test_the_executor_refuses_a_pool_without_a_page_and_a_device_it_has_not(folder: Path) -> None:
     with pytest.raises(ConfigError, match="holds no page"):
-        open_torch_executor(EngineConfig(model=str(folder), kv_memory="1K"), progress=False)
+        open_torch_executor(EngineConfig(model=str(folder), kv_memory="1K"))
     with pytest.raises(ConfigError, match="torch finds no GPU"):
-        open_torch_executor(EngineConfig(model=str(folder), device="cuda:99"), progress=False)
+        open_torch_executor(EngineConfig(model=str(folder), device="cuda:99"))

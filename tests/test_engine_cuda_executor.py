@@ -64,7 +64,7 @@ class Serving:
         config = EngineConfig(
             model=str(checkpoint), kv_pages=pages, executor="cuda", step_tokens=step_tokens, max_running=max_running
         )
-        self.executor = open_cuda_executor(config, torch.device("cuda:0"), progress=False)
+        self.executor = open_cuda_executor(config, torch.device("cuda:0"))
         self.cache = KvCache(self.executor.total_pages, config.page_size, clock=ManualClock())
         limits = Limits(max_running, 1000, step_tokens, self.executor.model.max_context)
         self.scheduler = Scheduler(self.cache, limits, eos_token_ids=self.executor.model.eos_token_ids)

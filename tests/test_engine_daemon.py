@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from microserve.engine.executor import Executor
+    from microserve.engine.progress import Progress
 
 LIMIT = 20.0
 """Seconds after which something counts as stuck."""
@@ -340,9 +341,9 @@ def test_a_drain_waits_for_what_was_prepared() -> None:
 def test_a_process_that_is_told_to_end_does_not_wait_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     read_on = threading.Event()
 
-    def slow(settings: EngineConfig) -> Executor:
+    def slow(settings: EngineConfig, progress: Progress) -> Executor:
         read_on.wait(LIMIT)
-        return open_executor(settings)
+        return open_executor(settings, progress)
 
     async def body() -> None:
         monkeypatch.setattr(daemon, "open_executor", slow)
@@ -425,8 +426,8 @@ def test_a_process_serves_and_ends_with_0_on_sigterm() -> None:
             process.wait()
             await router.bus.close()
         assert process.returncode == 0
-        assert re.search(r"engine:e9 ready  endpoint=tcp://\S+ model=tokens-only executor=fake pages=8192", log)
-        assert re.search(r"engine:e9 drained  finished=0 cut_off=0", log)
+        assert re.search(r"engine:e9@[0-9a-f]+ ready  endpoint=tcp://\S+ model=tokens-only executor=fake pages=8192", log)
+        assert re.search(r"engine:e9@[0-9a-f]+ drained  finished=0 cut_off=0", log)
 
     asyncio.run(body())
 

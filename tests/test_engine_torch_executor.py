@@ -15,6 +15,7 @@ from microserve.engine.model.decoder import Decoder
 from microserve.engine.model.kernels import TorchKernels
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.engine.plan import Sampled, SequenceStart, Slice, StepPlan
+from microserve.engine.progress import Progress
 from microserve.engine.torch_executor import TorchExecutor, describe, open_torch_executor
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.config import EngineConfig
@@ -246,7 +247,7 @@ def test_what_its_depth_forbids_is_refused(checkpoint: Path) -> None:
 
 def test_it_opens_from_a_configuration(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = EngineConfig(model=str(checkpoint), model_name="small", page_size=8, kv_memory="1MiB", threads=1)
-    executor = open_torch_executor(config, progress=True)
+    executor = open_torch_executor(config, Progress(bars=True))
     page_bytes = 2 * 2 * 2 * 8 * 16 * 4  # heads, layers, key and value, tokens, head_dim, float32
     assert executor.total_pages == (1 << 20) // page_bytes
     assert (executor.model.name, executor.model.architecture, executor.model.max_context) == ("small", "llama", 1024)
@@ -260,8 +261,8 @@ def test_it_opens_from_a_configuration(checkpoint: Path, capsys: pytest.CaptureF
 
 def test_the_pool_is_no_larger_than_the_requests_could_use(checkpoint: Path) -> None:
     config = EngineConfig(model=str(checkpoint), max_context=64, max_running=2, dtype="bfloat16")
-    executor = open_torch_executor(config, progress=False)
+    executor = open_torch_executor(config)
     assert executor.total_pages == 2 * 2 * (64 // 16)
     assert (executor.layout.dtype, executor.model.max_context) == ("bfloat16", 64)
-    given = open_torch_executor(EngineConfig(model=str(checkpoint), kv_pages=5), progress=False)
+    given = open_torch_executor(EngineConfig(model=str(checkpoint), kv_pages=5))
     assert given.total_pages == 5

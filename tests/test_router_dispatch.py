@@ -322,12 +322,13 @@ def test_a_strategy_that_raises() -> None:
     run_program(broken, expect(InternalError, "'broken' failed: KeyError: 'lost'"))
 
 
-def test_a_strategy_that_exits() -> None:
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_strategy_that_exits(kind: type[BaseException]) -> None:
     async def leaving(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
-        raise SystemExit(3)
+        raise kind(3)
         yield
 
-    run_program(leaving, expect(InternalError, "'leaving' failed: SystemExit"))
+    run_program(leaving, expect(InternalError, f"'leaving' failed: {kind.__name__}"))
 
 
 def test_a_strategy_that_cancels_itself() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from microserve.router.strategies.catalog import BUILT_IN, load_catalog, load_file
+from microserve.router.strategies.catalog import BUILT_IN, Problem, StrategyFolder, load_catalog, load_file
 from microserve.router.strategies.data_parallel import data_parallel
 from microserve.router.strategy import Chunk, Fleet, Request, Strategy, strategy
 from microserve.runtime.errors import ConfigError, InvalidRequest
@@ -216,6 +216,45 @@ def test_a_folder_of_files_is_loaded_and_broken_ones_are_told_with_their_line(tm
     }
     with pytest.raises(ConfigError, match=r"raises\.py:5: KeyError"):
         catalog.get("raises")
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit", "asyncio.CancelledError", "BaseException"])
+def test_a_file_may_raise_anything(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(f"import asyncio\n\nraise {name}('x')\n")
+    problem = load_file(path)
+    assert isinstance(problem, Problem)
+    assert (problem.line, problem.message) == (3, f"{name.rpartition('.')[2]}: x")
+
+
+def test_a_file_that_does_not_end_is_told_with_its_line(tmp_path: Path) -> None:
+    path, release = tmp_path / "stuck.py", tmp_path / "release"
+    path.write_text(
+        "import pathlib, time\n\n\ndef wait():\n"
+        f"    while not pathlib.Path({str(release)!r}).exists():\n        time.sleep(0.01)\n\n\nwait()\n"
+    )
+    problem = load_file(path, limit=0.2)
+    # The thread that was left behind must not outlive the test.
+    release.touch()
+    assert isinstance(problem, Problem)
+    assert problem.message == "it does not finish within 0.2 s"
+    assert problem.line in (5, 6)
+
+
+def test_files_of_a_folder_are_run_when_they_change_and_not_when_somebody_looks(tmp_path: Path) -> None:
+    count, path = tmp_path / "count", tmp_path / "mine.py"
+    note = f"with open({str(count)!r}, 'a') as file:\n    file.write('x')\n"
+    path.write_text(GOOD + note)
+    folder = StrategyFolder(tmp_path)
+    for _ in range(3):
+        catalog = load_catalog(folder, entry_points=())
+        assert "mine" in catalog.strategies
+    assert count.read_text() == "x"
+    path.write_text(GOOD + note + "MORE = 1\n")
+    load_catalog(folder, entry_points=())
+    assert count.read_text() == "xx"
+    path.unlink()
+    assert "mine" not in load_catalog(folder, entry_points=()).strategies
 
 
 def test_a_changed_file_is_another_version(tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def unit_text(name: str, places: Places) -> str:
     text = _data(name)
     if not places.system:
         # A user's manager may not restrict devices or raise limits.
-        dropped = ("DevicePolicy", "DeviceAllow", "PrivateDevices", "LimitMEMLOCK", "Restrict", "# GPUs", "# RDMA")
+        dropped = (
+            *("DevicePolicy", "DeviceAllow", "PrivateDevices", "PrivateUsers", "LimitMEMLOCK", "RestrictAddress"),
+            *("SystemCallFilter", "# Not @resources", "# GPUs", "# RDMA"),
+        )
         text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(dropped))
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)

@@ -108,6 +108,8 @@ class NixlTransport:
         size = _SCRATCH[self._segment]
         self._scratch, self._scratch_owner = _allocate(2 * size, memory.device)
         os.environ["UCX_NET_DEVICES"] = devices
+        # UCX takes SIGHUP for its debugger, and a process could not be told to read its configuration again.
+        os.environ["UCX_DEBUG_SIGNO"] = "0"
         try:
             self._agent = _open_agent(me)
             areas = [(memory.address, memory.page_bytes * memory.total_pages), (self._scratch, 2 * size)]

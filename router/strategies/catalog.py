@@ -6,6 +6,8 @@ A file that cannot be used is a `Problem` with its line; the others load all the
 from __future__ import annotations
 
 import difflib
+import sys
+import threading
 import traceback
 import types
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENTRY_POINTS = "microserve.strategies"
+
+LOAD_LIMIT = 2.0
+"""Seconds that a file may take to define its strategies."""
 
 BUILT_IN: tuple[Strategy, ...] = (data_parallel, cache_aware, prefill_decode, balanced, context_migration)
 
@@ -67,7 +72,7 @@ class Catalog:
 
 
 def load_catalog(
-    folder: Path | None = None,
+    folder: Path | StrategyFolder | None = None,
     *,
     built_in: Iterable[Strategy] = BUILT_IN,
     entry_points: Iterable[metadata.EntryPoint] | None = None,
@@ -85,12 +90,8 @@ def load_catalog(
             strategies[found.name] = found
             sources[found.name] = f"entry point {point.value}"
     if folder is not None:
-        if not folder.is_dir():
-            raise ConfigError(f"strategy folder {folder} is not a folder")
-        for path in sorted(folder.glob("*.py")):
-            if path.name.startswith("_"):
-                continue
-            loaded = load_file(path)
+        files = folder if isinstance(folder, StrategyFolder) else StrategyFolder(folder)
+        for path, loaded in files.load():
             if isinstance(loaded, Problem):
                 problems.append(loaded)
             else:
@@ -99,21 +100,64 @@ def load_catalog(
     return Catalog(strategies, tuple(problems), sources)
 
 
-def load_file(path: Path) -> list[Strategy] | Problem:
-    """The strategies that a Python file defines (at least one), or what is wrong with it.
+class StrategyFolder:
+    """A folder of Python files, each run once for each time that it changes: who looks at the list often must not pay
+    for what the files do, nor the requests that run meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._loaded: dict[Path, tuple[tuple[int, int, int], list[Strategy] | Problem]] = {}
+
+    def load(self) -> list[tuple[Path, list[Strategy] | Problem]]:
+        """What every file defines, or what is wrong with it. Raises `ConfigError` when the folder cannot be read."""
+        if not self._path.is_dir():
+            raise ConfigError(f"strategy folder {self._path} is not a folder")
+        found = {}
+        for path in sorted(self._path.glob("*.py")):
+            if path.name.startswith("_"):
+                continue
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # it has gone since it was listed
+            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            known = self._loaded.get(path)
+            found[path] = known if known is not None and known[0] == stamp else (stamp, load_file(path))
+        self._loaded = found
+        return [(path, loaded) for path, (_, loaded) in found.items()]
+
+
+def load_file(path: Path, *, limit: float = LOAD_LIMIT) -> list[Strategy] | Problem:
+    """The strategies that a Python file defines (at least one), or what is wrong with it: also that it does not finish
+    within `limit` seconds.
 
     The file is run in a module of its own, so that a changed file can be loaded again beside the old version.
     """
     name = f"microserve_strategy_{path.stem}"
     module = types.ModuleType(name)
     module.__file__ = str(path)
+    raised: list[BaseException] = []
     try:
         text = path.read_text(encoding="utf-8")
-        exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
-    except Exception as error:  # a user's file may raise anything; it is reported and the router goes on
-        return Problem(str(path), _line(error, str(path)), _describe(error))
-    except SystemExit as error:
-        return Problem(str(path), _line(error, str(path)), f"it calls exit({error.code!r})")
+    except (OSError, UnicodeDecodeError) as error:
+        return Problem(str(path), 0, _describe(error))
+
+    def run() -> None:
+        try:
+            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
+        except BaseException as error:  # a user's file may raise anything; it is reported and the router goes on
+            raised.append(error)
+
+    # A thread that nobody has to wait for: a file that never ends is left behind.
+    thread = threading.Thread(target=run, name=f"load {path.name}", daemon=True)
+    thread.start()
+    thread.join(limit)
+    if thread.is_alive():
+        return Problem(str(path), _where(thread, str(path)), f"it does not finish within {limit:g} s")
+    if raised:
+        error = raised[0]
+        said = f"it calls exit({error.code!r})" if isinstance(error, SystemExit) else _describe(error)
+        return Problem(str(path), _line(error, str(path)), said)
     own = [value for value in vars(module).values() if isinstance(value, Strategy) and _defined_in(value, str(path))]
     if not own:
         return Problem(str(path), 0, "it defines no strategy (an async generator function under @strategy)")
@@ -125,7 +169,7 @@ def _from_entry_point(point: metadata.EntryPoint) -> Strategy | Problem:
     source = f"entry point {point.name} = {point.value}"
     try:
         value = point.load()
-    except Exception as error:  # somebody else's package may raise anything; the router goes on
+    except BaseException as error:  # somebody else's package may raise anything; the router goes on
         return Problem(source, 0, _describe(error))
     if not isinstance(value, Strategy):
         return Problem(source, 0, "it is not a strategy (an async generator function under @strategy)")
@@ -135,6 +179,14 @@ def _from_entry_point(point: metadata.EntryPoint) -> Strategy | Problem:
 def _defined_in(value: Strategy, path: str) -> bool:
     code = getattr(value.function, "__code__", None)
     return code is not None and code.co_filename == path
+
+
+def _where(thread: threading.Thread, path: str) -> int:
+    """The line of the file at which a thread is."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_filename != path:
+        frame = frame.f_back
+    return frame.f_lineno if frame is not None else 0
 
 
 def _line(error: BaseException, path: str) -> int:

@@ -12,6 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import ContentSwitcher, Footer, Static
 
 from microserve.runtime.errors import Forbidden, MicroserveError, PeerLost
+from microserve.tools.common import visible
 from microserve.tools.fleet_view import duration
 from microserve.tools.tui.cache import CachePane
 from microserve.tools.tui.dialogs import Help
@@ -156,7 +157,7 @@ class TopApp(App[None]):
         if lost is not None:
             banner.update(f"no router answers at {self._endpoint} for {self._clock() - lost:.0f} s; trying again …")
         else:
-            banner.update(self._refusal)
+            banner.update(visible(self._refusal))
         banner.display = bool(lost is not None or self._refusal)
         if status is None:
             self._router.update(f"microserve top · {self._endpoint}")

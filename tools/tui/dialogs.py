@@ -11,6 +11,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, OptionList, Static
 
 from microserve.runtime.errors import MicroserveError
+from microserve.tools.common import visible
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ class Confirm(ModalScreen[bool]):
 
     def __init__(self, question: str, yes: str) -> None:
         super().__init__()
-        self._question = question
+        self._question = visible(question)
         self._yes = yes
 
     def compose(self) -> ComposeResult:
@@ -60,7 +61,7 @@ class Ask(ModalScreen[str | None]):
 
     def __init__(self, question: str, value: str, check: Callable[[str], str] = lambda text: "") -> None:
         super().__init__()
-        self._question = question
+        self._question = visible(question)
         self._value = value
         self._check = check
 
@@ -89,7 +90,7 @@ class Choose(ModalScreen[str | None]):
 
     def __init__(self, question: str, names: Sequence[str]) -> None:
         super().__init__()
-        self._question = question
+        self._question = visible(question)
         self._names = list(names)
 
     def compose(self) -> ComposeResult:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from textual.widgets import RichLog
 
+from microserve.tools.common import visible
 from microserve.tools.tui.model import event_style, matches
 from microserve.tools.tui.pane import Pane
 
@@ -66,4 +67,4 @@ def _line(event: FleetEvent) -> Text:
     if event.engine:
         line.append(f"{event.engine} ")
         line.append(f"@{event.epoch:x} ", "dim")
-    return line.append(event.detail)
+    return line.append(visible(event.detail))

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 from textual.widgets import DataTable
-from textual.widgets.data_table import RowDoesNotExist
+from textual.widgets.data_table import ColumnKey, RowDoesNotExist
+
+from microserve.tools.common import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,11 +57,11 @@ class LiveTable(DataTable[Cell]):
             return
 
     def _aligned(self, cells: Sequence[Cell]) -> list[Cell]:
-        aligned: list[Cell] = []
-        for title, cell in zip(self._titles, cells, strict=True):
-            right = title.endswith(">") and isinstance(cell, str)
-            aligned.append(Text(cell, justify="right") if right and isinstance(cell, str) else cell)
-        return aligned
+        # A plain string would be read as markup, and names that others chose are none.
+        return [
+            Text(visible(cell), justify="right" if title.endswith(">") else "left") if isinstance(cell, str) else cell
+            for title, cell in zip(self._titles, cells, strict=True)
+        ]
 
     def _update(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
         for key, cells in wanted.items():
@@ -68,7 +70,9 @@ class LiveTable(DataTable[Cell]):
                 continue
             for title, cell, old in zip(self._titles, cells, before, strict=True):
                 if cell != old:
-                    self.update_cell(key, title, cell, update_width=_width(cell) != _width(old))
+                    # Columns only grow: to shrink one the table would measure all of its cells, for each that changed.
+                    wider = _width(cell) > self.columns[ColumnKey(title)].content_width
+                    self.update_cell(key, title, cell, update_width=wider)
 
     def _rebuild(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
         selected, row, scroll = self.selected, self.cursor_row, self.scroll_offset

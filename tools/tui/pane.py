@@ -10,6 +10,7 @@ from textual.containers import Vertical
 from textual.widgets import Input
 
 from microserve.runtime.errors import MicroserveError
+from microserve.tools.common import visible
 from microserve.tools.tui.dialogs import Confirm
 
 if TYPE_CHECKING:
@@ -84,6 +85,6 @@ class Pane(Vertical):
         try:
             said = await call()
         except MicroserveError as error:
-            self.app.notify(f"{what}: {error.message}", severity="error", markup=False)
+            self.app.notify(visible(f"{what}: {error.message}"), severity="error", markup=False)
             return
-        self.app.notify(f"{what}: {said}" if isinstance(said, str) and said else what, markup=False)
+        self.app.notify(visible(f"{what}: {said}" if isinstance(said, str) and said else what), markup=False)

@@ -9,6 +9,7 @@ from textual import on
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Static
 
+from microserve.tools.common import visible
 from microserve.tools.tui.live_table import LiveTable
 from microserve.tools.tui.model import matches, seconds, state_text, timeline
 from microserve.tools.tui.pane import Pane
@@ -92,7 +93,7 @@ class RequestsPane(Pane):
             return
         lines = timeline(request, self.size.width)
         if request.error:
-            lines.append(Text(request.error, "red"))
+            lines.append(Text(visible(request.error), "red"))
         self._timeline.update(Text("\n").join(lines))
 
     # --- actions -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""Which settings of a router change while it runs, and how."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from microserve.router.core import FORGET_AFTER
+from microserve.router.strategies.catalog import StrategyFolder, load_catalog
+from microserve.runtime.log import get_logger
+from microserve.runtime.reload import Reload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microserve.router.core import RouterCore
+    from microserve.runtime.settings import RouterConfig
+
+_HINT = "it takes a restart, or now: microserve strategy set"
+
+_log = get_logger(__name__)
+
+
+def router_reload(
+    core: RouterCore,
+    read: Callable[[], RouterConfig],
+    relog: Callable[[RouterConfig], object],
+    keep_alive: Callable[[float], object],
+) -> Reload[RouterConfig]:
+    """What SIGHUP does. `read` reads the configuration again, `relog` sets up logging as it says, and `keep_alive` is
+    given the seconds that an idle connection stays open."""
+
+    def nothing(config: RouterConfig) -> None:
+        """It is looked up in the configuration when it is needed."""
+
+    def watch(config: RouterConfig) -> None:
+        silence = config.engine_silence
+        core.roster.limit(silence=silence, forget=max(FORGET_AFTER, silence))
+
+    def look_there(config: RouterConfig) -> None:
+        folder = _folder(config)
+        core.versions.read_from(partial(load_catalog, folder and StrategyFolder(folder)))
+
+    live: dict[str, Callable[[RouterConfig], object]] = {
+        "max_active": nothing,
+        "max_queued": nothing,
+        "queue_timeout": nothing,
+        "request_timeout": nothing,
+        "drain_timeout": nothing,
+        "engine_silence": watch,
+        "strategy_folder": look_there,
+        "keep_alive": lambda config: keep_alive(config.keep_alive),
+        "log_level": nothing,
+        "log_json": nothing,
+    }
+
+    def changed(config: RouterConfig) -> None:
+        core.configure(config)
+        relog(config)
+
+    hints = {"strategy": _HINT, "strategy_settings": _HINT}
+    return Reload(core.config, read, live, check=_check_strategies, hints=hints, changed=changed)
+
+
+def _check_strategies(config: RouterConfig) -> None:
+    """Reads the strategies again, whether the folder is another or not. Raises `ConfigError` when it cannot be read."""
+    catalog = load_catalog(_folder(config))
+    for problem in catalog.problems:
+        _log.error("strategy cannot be used", problem=str(problem))
+    _log.info("strategies read again", usable=len(catalog.strategies), problems=len(catalog.problems))
+
+
+def _folder(config: RouterConfig) -> Path | None:
+    return Path(config.strategy_folder) if config.strategy_folder else None

@@ -1,0 +1,68 @@
+"""What a start-up says of itself, to whoever looks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from microserve.engine.progress import PATIENCE, Progress
+from microserve.runtime.clock import ManualClock
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def test_a_stage_is_told_with_how_far_it_is() -> None:
+    progress = Progress(clock=ManualClock())
+    assert progress.look() == "starting"
+    with progress.stage("capturing graphs") as report:
+        assert progress.look() == "capturing graphs"
+        report(5, 20)
+        assert progress.look() == "capturing graphs: 5/20"
+    with progress.stage("loading weights") as report:
+        assert progress.look() == "loading weights", "what was counted before is over"
+        report(117, 291)
+        assert progress.look() == "loading weights: 40%"
+
+
+def test_what_does_not_move_is_given_up() -> None:
+    clock = ManualClock()
+    progress = Progress(clock=clock)
+    with progress.stage("loading weights") as report:
+        clock.advance(PATIENCE)
+        assert progress.look() == "loading weights"
+        clock.advance(1)
+        assert progress.look() is None
+        report(1, 2)
+        assert progress.look() == "loading weights: 1/2"
+
+
+def test_a_stage_may_take_longer_than_others() -> None:
+    clock = ManualClock()
+    progress = Progress(clock=clock)
+    with progress.stage("compiling kernels", patience=1800):
+        clock.advance(1700)
+        assert progress.look() == "compiling kernels"
+    clock.advance(PATIENCE + 1)
+    assert progress.look() is None
+
+
+def test_what_cannot_report_is_counted_from_outside() -> None:
+    clock, built = ManualClock(), [3]
+    progress = Progress(clock=clock)
+    with progress.stage("compiling kernels", patience=10, probe=lambda: built[0]):
+        assert progress.look() == "compiling kernels"
+        clock.advance(10)
+        built[0] = 4
+        assert progress.look() == "compiling kernels: 4 so far"
+        clock.advance(10)
+        assert progress.look() == "compiling kernels: 4 so far", "it has moved"
+        clock.advance(1)
+        assert progress.look() is None
+
+
+def test_a_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(bars=True)
+    with progress.stage("loading weights") as report:
+        report(1, 2)
+        assert progress.look() == "loading weights: 1/2"
+    assert capsys.readouterr().out == ""
