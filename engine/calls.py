@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import CallerError, Cancelled, Conflict, InvalidRequest, MicroserveError, Unavailable
 from microserve.runtime.log import get_logger
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from microserve.runtime.bus import Session
+    from microserve.runtime.clock import Clock
     from microserve.runtime.messages import ReplyBody
     from microserve.runtime.rpc import IncomingCall
 
@@ -49,7 +51,7 @@ def tell_failed(verb: str, request: str, sub: str, caller: Session, error: Micro
 class SubCall:
     """The work of one sub-request, and everybody who waits for its answer."""
 
-    __slots__ = ("_book", "callers", "ended", "key", "request_id", "session", "stop", "sub_id", "verb")
+    __slots__ = ("_book", "began", "callers", "ended", "key", "request_id", "session", "stop", "sub_id", "verb")
 
     def __init__(self, book: CallBook, call: IncomingCall, sub_id: str, key: Hashable) -> None:
         self._book = book
@@ -60,6 +62,7 @@ class SubCall:
         self.verb = type(call.body).__name__
         self.request_id: str = getattr(call.body, "request_id", "")
         self.callers = [call]
+        self.began = book.clock()
         self.ended = False
         self.stop: Callable[[MicroserveError], None] = lambda error: None
         """Called at most once, when the work is to end because nobody wants its answer. The call has ended by then."""
@@ -79,7 +82,8 @@ class CallBook:
     `len` counts the open ones that may be joined.
     """
 
-    def __init__(self, kept: int = _KEPT) -> None:
+    def __init__(self, kept: int = _KEPT, *, clock: Clock = monotonic) -> None:
+        self.clock = clock
         self._kept = kept
         self._open: dict[str, SubCall] = {}
         self._streams: set[str] = set()
@@ -89,6 +93,8 @@ class CallBook:
         )
         self.emptied: Callable[[], None] = lambda: None
         """Called when the last open call has ended."""
+        self.told: Callable[[str, str, float], None] = lambda verb, outcome, seconds: None
+        """Told of every call that has ended: its verb, "ok" or the code of an error, and how long it took."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -175,6 +181,8 @@ class CallBook:
             self._keep(sub.sub_id, (sub.key, answer, sub.session))
         if isinstance(answer, MicroserveError):
             tell_failed(sub.verb, sub.request_id, sub.sub_id, sub.session, answer)
+        outcome = answer.code if isinstance(answer, MicroserveError) else "ok"
+        self.told(sub.verb, outcome, self.clock() - sub.began)
         for call in sub.callers:
             if isinstance(answer, MicroserveError):
                 call.fail(answer)

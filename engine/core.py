@@ -16,6 +16,7 @@ from microserve.engine.kv_verbs import KvVerbs, LocalWay
 from microserve.engine.link import peer_name
 from microserve.engine.liveness import own_incarnation, proven_dead
 from microserve.engine.loop import StepLoop
+from microserve.engine.metrics import EngineMetrics
 from microserve.engine.peers import Peers
 from microserve.engine.receiving import Receiving
 from microserve.engine.scheduler import Limits, Scheduler
@@ -77,6 +78,7 @@ class EngineCore:
         self._epoch = epoch
         self._clock = clock
         self._page_bytes = executor.memory.page_bytes
+        self.metrics = EngineMetrics()
         self._received: Counter[str] = Counter()
         """Bytes by peer. Written by the transfer thread."""
         self.info = EngineInfo(
@@ -95,6 +97,7 @@ class EngineCore:
         self.cache = KvCache(executor.total_pages, executor.layout.page_size, clock=clock)
         limits = make_limits(config, model.max_context)
         self.scheduler = Scheduler(self.cache, limits, eos_token_ids=model.eos_token_ids)
+        self.scheduler.admitted = self.metrics.admitted
         leases = LeaseTable(
             self.cache,
             share=config.lease_share,
@@ -111,6 +114,7 @@ class EngineCore:
             self.scheduler,
             executor,
             receiving=self.receiving,
+            metrics=self.metrics,
             post=post,
             deliver=self._deliver,
             crashed=crashed,
@@ -119,7 +123,8 @@ class EngineCore:
         self.transfers = (
             None if transport is None else TransferThread(transport, arrived=self._arrived, post=post, clock=clock)
         )
-        book = CallBook()
+        book = CallBook(clock=clock)
+        book.told = self.metrics.call_ended
         sinks: dict[object, Callable[[Output], None]] = {}
         self.peers = Peers(
             bus,
@@ -165,7 +170,7 @@ class EngineCore:
             model,
             info=self._info,
             check_prompt=self.scheduler.check_prompt,
-            statistics=self._statistics,
+            statistics=self.statistics,
             max_live=config.max_running + config.max_waiting,
             steps=self.steps,
             book=book,
@@ -174,6 +179,7 @@ class EngineCore:
             sends=self.sends,
             peers=self.peers,
             moved=self._moved,
+            metrics=self.metrics,
             clock=clock,
             draw_seed=draw_seed,
         )
@@ -225,7 +231,7 @@ class EngineCore:
         for each in arrivals:
             self.receiving.arrived(each.epoch, each.lease, each.claim, each.first_page, each.count, now)
 
-    def _statistics(self) -> StatsReply:
+    def statistics(self) -> StatsReply:
         """Runs in the step thread, at a step boundary."""
         values = self.scheduler.statistics() | self.receiving.statistics()
         values |= {f"cache_{name}": float(value) for name, value in asdict(self.cache.statistics()).items()}

@@ -8,6 +8,7 @@ import gc
 import sys
 import threading
 from functools import partial
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -37,10 +38,15 @@ if TYPE_CHECKING:
     from microserve.kv.transfer.base import Transport
     from microserve.runtime.bus import Bus, Publisher
     from microserve.runtime.ids import Epoch
+    from microserve.runtime.messages import StatsReply
+    from microserve.runtime.metrics_http import MetricsHttp
     from microserve.runtime.service import Lifecycle
 
 _EVENT_INTERVAL = 1.0
 """Seconds between published loads."""
+
+_STATS_LIMIT = 2.0
+"""Seconds that a scrape waits for the step thread."""
 
 _DRAIN_LOOK = 0.05
 """Seconds between looks at whether a draining engine is done."""
@@ -96,6 +102,9 @@ async def serve(
     security = load_security(config.key_file)
     exposed = [("bind", config.bind), ("events_bind", config.events_bind)]
     check_exposed(exposed, secured=security is not None, insecure=config.insecure)
+    # No keys guard metrics.
+    metrics_at = [] if config.metrics_port is None else [("metrics_host", config.metrics_host)]
+    check_exposed(metrics_at, secured=False, insecure=config.insecure)
     opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle)
     if opened is None:
         return
@@ -243,6 +252,7 @@ class Engine:
         )
         self.verbs = self.core.verbs
         self.verbs.changed = self._changed
+        self._http: MetricsHttp | None = None
         self._announcer: Announcer | None = None
         self._publisher: Publisher | None = None
         self._events = 0
@@ -283,10 +293,51 @@ class Engine:
             endpoint=config.advertise or listener.endpoint,
             events_endpoint=config.events_advertise or self._publisher.endpoint,
         )
+        if config.metrics_port is not None:
+            await self._serve_metrics(config.metrics_host, config.metrics_port)
         self._announcer = Announcer(self._bus, config.routers, self.info, self.verbs.load)
         self._announcer.start()
         self._state = self.verbs.state
         self._publish("started")
+
+    async def _serve_metrics(self, host: str, port: int) -> None:
+        # Imported here: an engine whose metrics nobody reads does without a web server.
+        from microserve.runtime.metrics_http import MetricsHttp
+
+        self._http = MetricsHttp(self.metrics, self._not_ready)
+        await self._http.start(host, port)
+        _log.info("metrics", url=f"{self._http.url}/metrics")
+
+    async def metrics(self) -> bytes:
+        """A scrape. What only the step thread knows is left out when it does not answer soon."""
+        from microserve.engine.exposition import Snapshot, render
+
+        core = self.core
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[StatsReply] = loop.create_future()
+
+        def answered(stats: StatsReply) -> None:
+            if not answer.done():
+                answer.set_result(stats)
+
+        core.steps.ask(core.statistics, answered)
+        stats = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STATS_LIMIT):
+                stats = await answer
+        links, bus = core.peers.links(), self._bus.statistics()
+        return render(
+            core.metrics, Snapshot(core.info, self.verbs.load(), links, stats, bus, metadata.version("microserve"))
+        )
+
+    def _not_ready(self) -> list[str]:
+        """Why a request would not be served now."""
+        reasons = []
+        if self.verbs.state not in ("ready", "degraded"):
+            reasons.append(f"the engine is {self.verbs.state}")
+        if not self.moves():
+            reasons.append("the step thread hangs")
+        return reasons
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Serves until `lifecycle` drains, then finishes what runs. Raises `InternalError` if the step thread died."""
@@ -315,6 +366,8 @@ class Engine:
                 self._publish("stopping")
                 announcer, self._announcer = self._announcer, None
                 await announcer.leave()
+            if self._http is not None:
+                await self._http.close()
             # Pushes end before their claims, claims before the sessions that tell of them, all before the pool goes.
             await core.sends.close()
             await core.peers.close()
@@ -370,6 +423,8 @@ class Engine:
         if self._publisher is None:
             return
         self._events += 1
+        if kind != "load":
+            self.core.metrics.event(kind)
         info = self.core.info
         self._publisher.publish(
             EngineEvent(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import structs
 
+from microserve.engine.metrics import EngineMetrics
 from microserve.engine.scheduler import MAX_DEPTH
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import InternalError, MicroserveError
@@ -56,9 +57,11 @@ class StepLoop:
         deliver: Callable[[list[Output]], None],
         crashed: Callable[[BaseException], None],
         receiving: Receiving | None = None,
+        metrics: EngineMetrics | None = None,
         clock: Clock = monotonic,
     ) -> None:
         self._scheduler = scheduler
+        self._metrics = metrics if metrics is not None else EngineMetrics()
         self._receiving = receiving
         self._executor = executor
         self._depth = min(executor.depth, MAX_DEPTH)
@@ -152,6 +155,7 @@ class StepLoop:
                 self._failed(plan.step, error)
             else:
                 self._launched.append(plan.step)
+                self._metrics.step(len(plan.slices), plan.prompt_tokens)
         if self._launched and (plan is None or len(self._launched) >= self._depth):
             step = self._launched.popleft()
             try:
@@ -182,10 +186,12 @@ class StepLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._turn_began = self._clock()
+                began = self._turn_began = self._clock()
                 stepped = self.turn()
                 self._turn_began = None
-                if not stepped:
+                if stepped:
+                    self._metrics.step_ended(self._clock() - began)
+                else:
                     self._wait()
         except BaseException as error:
             # A bug in the loop itself: its state cannot be trusted any more, so the process has to end.

@@ -70,6 +70,8 @@ class StepPlan:
     slices: tuple[Slice, ...]
     started: tuple[SequenceStart, ...] = ()
     forgotten: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    """Tokens of prompts among what it computes."""
 
     @property
     def tokens(self) -> int:

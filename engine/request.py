@@ -104,6 +104,7 @@ class Request:
         "computed",
         "deadline",
         "end",
+        "entered",
         "first_token_by",
         "history",
         "id",
@@ -209,6 +210,8 @@ class Request:
         self.computed = 0
         """Positions whose KV exists: their steps have retired."""
         self.insert_at = NEVER
+        self.entered: float | None = None
+        """When the scheduler took it, until its first step."""
         """`computed` at which complete pages enter the prefix tree."""
         self.introduced = False
         """Whether the executor has been told of this sequence."""

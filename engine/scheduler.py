@@ -35,6 +35,8 @@ from microserve.runtime.errors import Busy, ContextLengthExceeded, DeadlineExcee
 from microserve.runtime.messages import Generated, Load, Tokens, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from microserve.engine.plan import Sampled, StepResult
     from microserve.kv.cache import KvCache
 
@@ -60,6 +62,8 @@ class Scheduler:
         self._eos = eos_token_ids
         self._page_size = cache.page_size
         self._ids = itertools.count(1)
+        self.admitted: Callable[[float], None] = lambda seconds: None
+        """Told of every generation's first step: how long after its arrival."""
         self._counts: Counter[str] = Counter()
         self._roster = Roster()
         self._holdings = Holdings(cache, self._roster)
@@ -127,6 +131,7 @@ class Scheduler:
     def _enter(self, request: Request, now: float) -> bool:
         """Makes it one of ours. False: it has ended already."""
         request.id = next(self._ids)
+        request.entered = now
         sampling = request.sampling
         request.stops = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos))
         request.end = min(request.prompt_length + sampling.max_tokens, self.max_context)
@@ -240,12 +245,13 @@ class Scheduler:
         if fed:
             # Whoever is admitted takes pages that a starved decode waits for.
             self._admission.admit(budget, self._steps)
-        prefilling, started = self._plan_prefills(slices, budget)
+        prefilled = self._counts["prefilled"]
+        prefilling, started = self._plan_prefills(slices, budget, now)
         if not slices:
             return None
         self._steps += 1
         step, forgotten = self._holdings.begin_step()
-        plan = StepPlan(step, tuple(slices), tuple(started), forgotten)
+        plan = StepPlan(step, tuple(slices), tuple(started), forgotten, self._counts["prefilled"] - prefilled)
         self._flights.append(_Flight(plan, decoding, prefilling))
         return plan
 
@@ -341,7 +347,7 @@ class Scheduler:
 
     # --- prefill ---------------------------------------------------------------------------------------------------
 
-    def _plan_prefills(self, slices: list[Slice], budget: int) -> tuple[list[Request], list[SequenceStart]]:
+    def _plan_prefills(self, slices: list[Slice], budget: int, now: float) -> tuple[list[Request], list[SequenceStart]]:
         prefilling: list[Request] = []
         started: list[SequenceStart] = []
         shares = share(self._roster.prefilling.values(), budget, self._steps, self.limits.prefill_chunk)
@@ -356,6 +362,9 @@ class Scheduler:
             slices.append(Slice(identity, part, start, pages, sample, end - request.prompt_length if sample else 0))
             if not request.introduced:
                 request.introduced = True
+                if request.entered is not None and not request.sends:
+                    self.admitted(now - request.entered)
+                request.entered = None
                 history = request.history[: request.known]
                 prompt, sampling, seed = request.prompt_length, request.sampling, request.seed
                 started.append(SequenceStart(identity, history, prompt, sampling, seed, self._eos))

@@ -14,6 +14,7 @@ import msgspec
 from microserve.engine.calls import tell_failed
 from microserve.engine.checks import check_budget, check_finite, check_generate, check_position
 from microserve.engine.kv_verbs import KvVerb, commit_key, prepare_key
+from microserve.engine.metrics import EngineMetrics
 from microserve.engine.request import Request
 from microserve.engine.sending import send_key
 from microserve.runtime.clock import monotonic
@@ -37,6 +38,7 @@ from microserve.runtime.messages import (
     StartGenerate,
     Stats,
     StatsReply,
+    Tokens,
 )
 from microserve.runtime.rpc import Outgoing, RpcServer
 
@@ -92,6 +94,7 @@ class EngineVerbs:
         sends: Sends,
         peers: Peers,
         moved: Callable[[], Mapping[str, int]] = dict,
+        metrics: EngineMetrics | None = None,
         clock: Clock = monotonic,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
@@ -111,11 +114,13 @@ class EngineVerbs:
         self._sends = sends
         self._peers = peers
         self._moved = moved
+        self._metrics = metrics if metrics is not None else EngineMetrics()
         self._clock = clock
         self._draw_seed = draw_seed
         self._log = get_logger(__name__)
         self._live: dict[Request, IncomingCall] = {}
         """Generations, by what their outputs name."""
+        self._began: dict[Request, float] = {}
         self._by_sub_id: dict[str, Request] = {}
         self._draining = False
         book.emptied = lambda: self.changed()
@@ -164,6 +169,7 @@ class EngineVerbs:
         except MicroserveError as error:
             request, sub = getattr(call.body, "request_id", ""), getattr(call.body, "sub_id", "")
             tell_failed(type(call.body).__name__, request, sub, call.session, error)
+            self._metrics.call_ended(type(call.body).__name__, error.code, 0.0)
             raise
 
     def _handle(self, call: IncomingCall) -> None:
@@ -215,9 +221,13 @@ class EngineVerbs:
         for output in outputs:
             request = output.request
             if isinstance(request, Request) and (call := self._live.get(request)) is not None:
-                answers.append(Outgoing(call, output.body, output.final))  # type: ignore[arg-type]  # a generation's
+                body = output.body
+                answers.append(Outgoing(call, body, output.final))  # type: ignore[arg-type]  # a generation's
+                if type(body) is Tokens and body.cached is not None:
+                    # Said with the first tokens, and never again.
+                    self._metrics.first_token(self._clock() - self._began[request])
                 if output.final:
-                    error = output.body if isinstance(output.body, MicroserveError) else None
+                    error = body if isinstance(body, MicroserveError) else None
                     self._forget(request, error)
                     call.on_cancel = None
             elif (sink := self._sinks.get(request)) is not None:
@@ -250,6 +260,7 @@ class EngineVerbs:
         self._refuse_more()
         self._book.begin_stream(body.sub_id)
         self._live[request] = call
+        self._began[request] = now
         self._by_sub_id[body.sub_id] = request
         call.on_cancel = lambda reason: self._cancelled(request, reason)
         if body.lease is None:
@@ -286,6 +297,8 @@ class EngineVerbs:
     def _forget(self, request: Request, error: MicroserveError | None) -> None:
         call = self._live.pop(request)
         del self._by_sub_id[request.sub_id]
+        outcome = "ok" if error is None else error.code
+        self._metrics.call_ended("StartGenerate", outcome, self._clock() - self._began.pop(request))
         if error is not None:
             tell_failed("StartGenerate", request.request_id, request.sub_id, call.session, error)
         self._book.end_stream(request.sub_id, error)

@@ -280,10 +280,15 @@ class LeaseTable:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def quarantined_since(self) -> float | None:
+        """When the oldest page in quarantine came there; None without any."""
+        since = [claim.quarantined_at for claim, _ in self._claims.values() if len(claim.quarantined)]
+        return min(since) if since else None
+
     def degraded_at(self) -> float | None:
         """When pages will have been in quarantine for so long that somebody should look; None without any there."""
-        since = [claim.quarantined_at for claim, _ in self._claims.values() if len(claim.quarantined)]
-        return min(since) + DEGRADED_AFTER if since else None
+        since = self.quarantined_since()
+        return None if since is None else since + DEGRADED_AFTER
 
     def degraded(self, now: float) -> bool:
         """Whether somebody should look."""

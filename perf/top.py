@@ -68,7 +68,7 @@ VIEWS = (
     View("2", "requests", "request-00", 160, 50),
     View("3", "strategies", "data_parallel@", 160, 50),
     View("4", "cache", "1 2 3 4", 160, 50),
-    View("5", "events", "joined", 160, 50),
+    View("5", "events", "connected", 160, 50),
 )
 
 

@@ -144,6 +144,7 @@ class RouterApi:
         try:
             await work
         except MicroserveError as error:
+            self._core.metrics.call_error(error.code)
             call.fail(error)
         except Exception:  # a bug of ours is the answer of this call; the others go on
             _log.exception("call failed", every=1.0, verb=type(call.body).__name__)

@@ -141,6 +141,8 @@ class RouterCore:
         metrics.active, metrics.queued = lambda: len(self._active), lambda: len(self._queue)
         metrics.engines = self.fleet.snapshot
         metrics.versions = self.versions.active_versions
+        metrics.serving, metrics.events = self.versions.serving, lambda: self.events.counts
+        metrics.version, metrics.started_at = version, time.time()
         self._meeting: asyncio.TimerHandle | None = None
         self.fleet.changed = self._fleet_changed
         metrics.bus = bus.statistics

@@ -219,7 +219,7 @@ def check_http_exposed(config: RouterConfig) -> None:
     if config.insecure or is_loopback(config.http_host):
         return
     where = f"http_host = {config.http_host!r} can be reached from other machines"
-    if config.api_keys_file is None:
+    if not config.api_keys_file:
         raise ConfigError(
             f"{where}, and nothing would ask them who they are: make keys ('microserve keys api new') and set "
             "api_keys_file, tls_cert and tls_key, or say --insecure"
@@ -233,9 +233,12 @@ def check_http_exposed(config: RouterConfig) -> None:
 async def _watch_files(auth: HttpAuth, certificate: Certificate | None) -> None:
     while True:
         await asyncio.sleep(_LOOK_EVERY)
-        auth.look()
-        if certificate is not None:
-            certificate.look()
+        try:
+            auth.look()
+            if certificate is not None:
+                certificate.look()
+        except Exception:  # a bug must not end the watch: no key could be revoked any more
+            _log.exception("keys and certificate were not looked at", every=60.0)
 
 
 class _HttpServer(uvicorn.Server):

@@ -273,6 +273,7 @@ class EngineFleet:
                 state=link.state,
                 charged=link.charged_requests,
                 last_seen=max(0.0, now - link.seen),
+                round_trip=link.client.session.round_trip if link.client is not None else None,
             )
             for link in self._links.values()
         ]

@@ -6,8 +6,6 @@ between two deliveries of one stream, TPOT (JCT - TTFT) / (tokens - 1) per reque
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_left
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -15,19 +13,17 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from microserve.runtime.messages import VersionFigures
+from microserve.runtime.series import FAST, SLOW, Series
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from prometheus_client import CollectorRegistry
 
     from microserve.router.dispatch import Generation
     from microserve.router.pending import SubRecord
     from microserve.runtime.bus import BusStatistics
-    from microserve.runtime.messages import FleetEngine
-
-_FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-_SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+    from microserve.runtime.messages import ActiveStrategy, FleetEngine
 
 OTHER_VERSIONS = "other"
 """The label of versions that serve no longer, once there are many."""
@@ -48,58 +44,20 @@ _BUS_EVENTS = (
 _STATES = ("ready", "degraded", "starting", "draining", "connecting", "silent")
 
 
-class Series:
-    """One histogram: counts by bucket, and their sum. For one thread."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        names = [*map(str, self.bounds), "+Inf"]
-        return list(zip(names, map(float, itertools.accumulate(self.counts)), strict=True))
-
-    def mean(self) -> float | None:
-        """None where nothing was measured."""
-        count = sum(self.counts)
-        return self.total / count if count else None
-
-    def percentile(self, share: float) -> float | None:
-        """The value below which `share` of the measurements lie, interpolated within its bucket; beyond the largest
-        bound, that bound. None where nothing was measured."""
-        wanted = share * sum(self.counts)
-        if not wanted:
-            return None
-        below, low = 0, 0.0
-        for bound, count in zip(self.bounds, self.counts, strict=False):
-            if below + count >= wanted:
-                return low + (bound - low) * (wanted - below) / count
-            below, low = below + count, bound
-        return self.bounds[-1]
-
-
 class _Label:
     """What is measured of the requests of one model under one version of a strategy."""
 
-    __slots__ = ("itl", "jct", "outcomes", "tokens_cached", "tokens_in", "tokens_out", "tpot", "ttft")
+    __slots__ = ("itl", "jct", "outcomes", "queue", "tokens_cached", "tokens_in", "tokens_out", "tpot", "ttft")
 
     def __init__(self) -> None:
-        self.ttft, self.itl = Series(_SLOW), Series(_FAST)
-        self.tpot, self.jct = Series(_FAST), Series(_SLOW)
+        self.ttft, self.itl = Series(SLOW), Series(FAST)
+        self.tpot, self.jct, self.queue = Series(FAST), Series(SLOW), Series(SLOW)
         self.outcomes: Counter[str] = Counter()
         self.tokens_in = self.tokens_out = self.tokens_cached = 0
 
     def add(self, other: _Label) -> None:
         """Takes over what was measured elsewhere."""
-        for name in ("ttft", "itl", "tpot", "jct"):
+        for name in ("ttft", "itl", "tpot", "jct", "queue"):
             mine, theirs = getattr(self, name), getattr(other, name)
             mine.counts = [a + b for a, b in zip(mine.counts, theirs.counts, strict=True)]
             mine.total += theirs.total
@@ -115,7 +73,7 @@ class _Verb:
     __slots__ = ("computed", "nbytes", "outcomes", "reused", "seconds")
 
     def __init__(self) -> None:
-        self.seconds = Series(_SLOW)
+        self.seconds = Series(SLOW)
         self.outcomes: Counter[str] = Counter()
         self.computed = self.reused = self.nbytes = 0
 
@@ -128,12 +86,19 @@ class RouterMetrics(Collector):
         self._refused: Counter[str] = Counter()
         self._unauthorized: Counter[str] = Counter()
         self._http_errors: Counter[str] = Counter()
+        self._call_errors: Counter[str] = Counter()
         self._verbs: dict[str, _Verb] = {}
         self.active: Callable[[], int] = lambda: 0
         self.queued: Callable[[], int] = lambda: 0
         self.engines: Callable[[], Iterable[FleetEngine]] = tuple
         self.bus: Callable[[], BusStatistics] | None = None
         """Asked when a scrape comes; set by who knows."""
+        self.serving: Callable[[], Iterable[ActiveStrategy]] = tuple
+        self.events: Callable[[], Mapping[str, int]] = dict
+        """Events of the fleet, by kind."""
+        self.version = ""
+        self.started_at = 0.0
+        """Unix time, seconds."""
         self.versions: Callable[[], set[str]] = set
         """The versions that serve now: others that have ended are counted together, so that labels stay few."""
         registry.register(self)
@@ -153,6 +118,8 @@ class RouterMetrics(Collector):
         label.tokens_out += generation.output_tokens
         if generation.finish is not None:
             label.tokens_cached += generation.finish.usage.cached_tokens
+        if generation.started_at is not None:
+            label.queue.observe(generation.started_at - generation.created_at)
         first = generation.first_token_at
         if first is None:
             return
@@ -183,6 +150,10 @@ class RouterMetrics(Collector):
     def http_error(self, code: str) -> None:
         """An HTTP request, of whatever kind, was answered with an error."""
         self._http_errors[code] += 1
+
+    def call_error(self, code: str) -> None:
+        """A call for work (a generation, a tokenization, a call on an engine) was answered with an error."""
+        self._call_errors[code] += 1
 
     def _label(self, model: str, version: str) -> _Label:
         key = (model, version)
@@ -258,10 +229,14 @@ class RouterMetrics(Collector):
         errors = _counter("http_errors", "HTTP requests answered with an error, by its code.", "code")
         for code, count in self._http_errors.items():
             errors.add_metric([code], count)
-        yield from (requests, tokens, refused, unauthorized, errors)
+        calls = _counter("call_errors", "Calls for work over the bus answered with an error, by its code.", "code")
+        for code, count in self._call_errors.items():
+            calls.add_metric([code], count)
+        yield from (requests, tokens, refused, unauthorized, errors, calls)
 
     def _times(self) -> Iterator[Metric]:
         for name, text in (
+            ("queue", "Time until a choice got a place, of those that did"),
             ("ttft", "Time to first token"),
             ("itl", "Time between two deliveries of a stream"),
             ("tpot", "Time per output token after the first"),
@@ -302,7 +277,27 @@ class RouterMetrics(Collector):
         charged = GaugeMetricFamily(f"{_PREFIX}engine_charged", "This router's choices on it.", labels=["engine"])
         for engine in engines:
             charged.add_metric([engine.info.engine_id], engine.charged)
-        yield from (states, charged)
+        way = GaugeMetricFamily(
+            f"{_PREFIX}engine_round_trip_seconds", "The last ping over the bus, there and back.", labels=["engine"]
+        )
+        for engine in engines:
+            if engine.round_trip is not None:
+                way.add_metric([engine.info.engine_id], engine.round_trip)
+        yield from (states, charged, way)
+        share = GaugeMetricFamily(
+            f"{_PREFIX}strategy_share",
+            "Share of the traffic that a version serves; model * stands for all without their own.",
+            labels=["model", "strategy"],
+        )
+        for active in self.serving():
+            share.add_metric([active.model or "*", active.version], active.share)
+        events = _counter("events", "Events of the fleet, by kind.", "kind")
+        for kind, count in list(self.events().items()):
+            events.add_metric([kind], count)
+        info = GaugeMetricFamily(f"{_PREFIX}info", "What it is; always 1.", labels=["version"])
+        info.add_metric([self.version], 1)
+        start = GaugeMetricFamily(f"{_PREFIX}start_time_seconds", "Unix time of its start.", value=self.started_at)
+        yield from (share, events, info, start)
 
 
 def _summary(series: Series) -> dict[str, float | None]:

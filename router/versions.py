@@ -108,6 +108,10 @@ class Versions:
         """What serves most of the requests for models without versions of their own."""
         return max(self._lanes[EVERY], key=lambda lane: lane.share).program
 
+    def serving(self) -> list[ActiveStrategy]:
+        """Every version that serves, and its share."""
+        return [entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)]
+
     def active_versions(self) -> set[str]:
         """Every version that may be given to a request now."""
         return {lane.program.version for lanes in self._lanes.values() for lane in lanes}
@@ -196,7 +200,7 @@ class Versions:
         catalog = self._catalog()
         return Strategies(
             strategies=[_described(each, catalog.sources.get(name, "")) for name, each in catalog.strategies.items()],
-            active=[entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)],
+            active=self.serving(),
             problems=[str(problem) for problem in catalog.problems],
             history=list(self._history),
         )
@@ -206,7 +210,7 @@ class Versions:
     def _save(self) -> None:
         if self._store is None:
             return
-        active = [entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)]
+        active = self.serving()
         data = msgspec.json.format(msgspec.json.encode(_Stored(_STORE_FORMAT, active)), indent=2)
         temporary = self._store.with_name(f".{self._store.name}.{os.getpid()}")
         try:

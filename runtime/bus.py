@@ -47,6 +47,9 @@ class Session(Protocol):
     peer: Peer
     """The other side."""
 
+    round_trip: float | None
+    """Seconds from the last answered ping to its answer; None until then."""
+
     role: str
     """What the peer's key is for ("engine", "router", "client", "admin"); empty where keys are not in use."""
 

@@ -13,6 +13,8 @@ files and rules, and no sockets.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import stat
 import tomllib
@@ -29,6 +31,7 @@ from microserve.runtime.ids import valid_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from microserve.runtime.ids import Peer
     from microserve.runtime.messages import Hello
 
 Role = Literal["engine", "router", "client", "admin"]
@@ -94,7 +97,7 @@ class KeyRing:
     def __init__(self, path: Path) -> None:
         """Raises `ConfigError` when the file cannot be used."""
         self.path = path
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         self._by_public: dict[str, AuthorizedKey] = {}
         self.reload()
 
@@ -169,6 +172,13 @@ class BusSecurity:
             raise Forbidden(f"the key of {key.name!r} is a {key.role}'s; it cannot speak as a {hello.kind}")
         return key.role
 
+    def knows(self, peer: Peer) -> bool:
+        """Whether a daemon that we dialled may be talked to: a listener proves to be of this fleet, and no more, so the
+        list says whether the one of that name is let in still. Who has no say in the list asks no more."""
+        if self.identity.role not in DAEMONS or peer.kind not in DAEMONS:
+            return True
+        return any((key.role, key.name) == (peer.kind, peer.name) for key in self.ring.keys)
+
 
 class _NoRing(KeyRing):
     """A client binds nothing, so it lets nobody in."""
@@ -223,7 +233,11 @@ def is_loopback(address: str) -> bool:
         return True  # ipc, inproc, memory: the file system guards those
     host = rest.rpartition(":")[0] if separator else address
     host = host.strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # Not by how it begins: 127.example.org may be anywhere.
+        return host == "localhost"
 
 
 # --- making and changing keys --------------------------------------------------------------------------------------
@@ -318,7 +332,7 @@ def parse_keys(path: Path, cls: type[S]) -> S:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), cls)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         # Of the file's text nothing is repeated: it may be a secret.
         raise ConfigError(f"{path} is not valid TOML") from error
     except msgspec.ValidationError as error:
@@ -365,6 +379,12 @@ def replace_file(path: Path, text: str, mode: int) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            # Whatever the umask, and whoever writes: a daemon that cannot read a new list goes on with the old one.
+            os.fchmod(descriptor, mode)
+            if os.geteuid() == 0:
+                folder = path.parent.stat()
+                with contextlib.suppress(OSError):  # not every root may, and not on every file system
+                    os.fchown(descriptor, folder.st_uid, folder.st_gid)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -379,10 +399,10 @@ def _quoted(value: str) -> str:
     return f"'{value}'"
 
 
-def file_stamp(path: Path) -> tuple[int, int] | None:
+def file_stamp(path: Path) -> tuple[int, ...] | None:
     """Changes with the file. None while there is none."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino
+    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -660,6 +660,8 @@ class FleetEngine(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Requests that this router has running on it."""
     last_seen: float
     """Seconds since its last heartbeat."""
+    round_trip: float | None = None
+    """Seconds that the last ping over the bus took, there and back."""
 
 
 class Status(Message, tag="status", frozen=True):

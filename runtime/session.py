@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from microserve.runtime.clock import Clock
     from microserve.runtime.messages import Message, RpcMessage
 
+PING_EVERY = 5.0
+"""Seconds between pings of a busy session."""
+
 _log = get_logger(__name__)
 
 _RPC_TYPES: Final = frozenset((Call, Part, Reply, Failure, Cancel, Batch))
@@ -104,6 +107,7 @@ class LiveSession:
         "_heard_at",
         "_on_greeted",
         "_pinged_at",
+        "_pinging",
         "_queue",
         "_queued_bytes",
         "_received",
@@ -114,6 +118,7 @@ class LiveSession:
         "_statistics",
         "peer",
         "role",
+        "round_trip",
         "user",
     )
 
@@ -146,6 +151,9 @@ class LiveSession:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._heard_at = self._sent_at = self._pinged_at = self._clock()
+        self._pinging = False
+        self.round_trip: float | None = None
+        """Seconds from the last answered ping to its answer; None until then."""
 
     # --- beginning ---
 
@@ -311,7 +319,11 @@ class LiveSession:
             self._try_post(Pong())
         elif isinstance(message, Bye):
             self.end(PeerLost(f"{self.peer} ended the session: {message.reason or 'goodbye'}"))
-        elif not isinstance(message, Pong):
+        elif isinstance(message, Pong):
+            if self._pinging:
+                self._pinging = False
+                self.round_trip = self._clock() - self._pinged_at
+        else:
             self._complain(ProtocolError(f"{type(message).__name__.lower()} has no place in an open session"))
 
     def _out_of_sequence(self, seq: int, body: memoryview) -> None:
@@ -376,7 +388,9 @@ class LiveSession:
             self.end(PeerLost(f"nothing heard from {self.peer} for {silent:.1f} s"), bye="you fell silent")
             return
         idle = max(now - self._sent_at, silent)
-        if idle >= self._settings.heartbeat and now - self._pinged_at >= self._settings.heartbeat:
+        since_ping = now - self._pinged_at
+        # A busy session proves its life by itself; it is pinged now and then to know how long the way is.
+        if since_ping >= (self._settings.heartbeat if idle >= self._settings.heartbeat else PING_EVERY):
             self.ping()
 
     def ping(self) -> None:
@@ -385,6 +399,7 @@ class LiveSession:
         if self._queue:
             self.flush()
         if not self._queue and self._state is SessionState.OPEN:
+            self._pinging = True
             self._try_post(Ping())
 
     # --- ending ---

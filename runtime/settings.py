@@ -130,6 +130,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     insecure: Annotated[
         bool, Meta(description="listen off loopback without keys: everybody who reaches a port may use it")
     ] = False
+    metrics_host: Annotated[str, Meta(min_length=1, description="address of /metrics, /health and /ready")] = (
+        "127.0.0.1"
+    )
+    metrics_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)] | None,
+        Meta(description="port of /metrics, /health and /ready; 0 takes a free one (not set: not served)"),
+    ] = None
     drain_timeout: Annotated[
         float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")
     ] = 30.0

@@ -513,6 +513,9 @@ class ZmqBus:
             raise
         if error is not None:
             raise error
+        if self.security is not None and not self.security.knows(session.peer):
+            session.close("your key is not authorized")
+            raise Unauthorized(f"the key of {session.peer} is not authorized here")
         return session
 
     async def publisher(self, endpoint: str) -> ZmqPublisher:
@@ -579,24 +582,29 @@ class ZmqBus:
 
     def _reload_keys(self, security: BusSecurity) -> None:
         """authorized.toml is another: a CURVE connection outlives its key, so sessions of revoked ones end here."""
-        before = {key.public for key in security.ring.keys}
+        before = security.ring.keys
         try:
             security.ring.reload()
         except ConfigError as error:
             _log.error("keys were not reloaded; the old ones stay", every=10.0, error=error.message)
             return
-        removed = before - {key.public for key in security.ring.keys}
-        _log.info("keys reloaded", authorized=len(security.ring), revoked=len(removed))
-        if not removed:
+        # One with another role, too: its sessions have the old one.
+        ended = {key.public for key in before if security.ring.find(key.public) != key}
+        _log.info("keys reloaded", authorized=len(security.ring), revoked=len(ended))
+        if not ended:
             return
         for endpoint in tuple(self._endpoints):
             if isinstance(endpoint, ZmqPublisher):
                 endpoint.reopen()
         for listener in tuple(self._listeners):
             for session in listener.switchboard.sessions:
-                if security.ring.find(session.user) is None:
+                if session.user in ended:
                     self.counters.unauthorized += 1
                     session.end(PeerLost(f"the key of {session.peer} was revoked"), bye="your key was revoked")
+        for connection in tuple(self._dialled):
+            session = connection.session
+            if not session.closed and not security.knows(session.peer):
+                session.end(PeerLost(f"the key of {session.peer} was revoked"), bye="your key was revoked")
 
     # --- time ---
 
@@ -653,6 +661,11 @@ def new_key_pair() -> KeyPair:
     """A fresh CURVE key pair: public, secret; Z85 text."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
+
+
+def curve_available() -> bool:
+    """Whether this libzmq can use keys."""
+    return bool(zmq.has("curve"))
 
 
 def _secure(socket: zmq.Socket[bytes], security: BusSecurity, *, binds: bool) -> None:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             size = memory.page_bytes
             return [hashlib.blake2b(ctypes.string_at(memory.address + page * size, size)).hexdigest() for page in pages]
 
-    daemon.open_executor = open_ours
+    daemon.open_executor = open_ours  # type: ignore[assignment]
     daemon.Engine = Engine  # type: ignore[misc]
     return daemon.main(rest)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tests.cluster import Daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -92,16 +92,13 @@ class Manager:
 class Unit:
     """One daemon under a manager. `watchdog` in seconds, as `WatchdogSec` has it; None: without."""
 
-    def __init__(
-        self, name: str, arguments: Sequence[str], folder: Path, *, watchdog: float | None = 2.0, **environ: str
-    ) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], folder: Path, *, watchdog: float | None = 2.0) -> None:
         self.name = name
         self.arguments = list(arguments)
         self.manager = Manager(folder / f"{name}.notify")
         self.starts = 0
         self._folder = folder
         self._watchdog = watchdog
-        self._environ: Mapping[str, str] = environ
         self._daemon: Daemon | None = None
 
     @property
@@ -112,7 +109,7 @@ class Unit:
     def start(self) -> Daemon:
         """A process; does not wait."""
         self.starts += 1
-        environ = {**self._environ, "NOTIFY_SOCKET": str(self.manager.path)}
+        environ = {"NOTIFY_SOCKET": str(self.manager.path)}
         if self._watchdog is not None:
             environ["WATCHDOG_USEC"] = str(round(self._watchdog * 1e6))
         self._daemon = Daemon(self.name, self.arguments, self._folder / f"{self.name}-{self.starts}.log", environ)

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cluster import FAKE, Cluster, daemon_environ
+from tests.cluster import FAKE, Cluster, daemon_environ, state_of
 
 from microserve.runtime.client import Client
 from microserve.runtime.errors import Forbidden, PeerLost, Unauthorized
@@ -19,6 +19,8 @@ from microserve.runtime.zmq_bus import new_key_pair
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from microserve.runtime.async_client import Options
 
 
 @pytest.fixture
@@ -53,6 +55,33 @@ def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Pat
                 ask_until_refused(cluster, folder / "me.key")
     finally:
         os.environ.pop("MICROSERVE_KEY_FILE", None)
+
+
+def test_revoking_a_key_ends_what_runs_in_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_identity(folder, "e1", "engine", new_key_pair)
+    monkeypatch.setenv("MICROSERVE_KEY_FILE", str(folder / "root.key"))
+    long: Options = {"max_tokens": 30_000, "ignore_eos": True}
+    with Cluster(engines=0, router_args=("--key-file", str(folder / "r.key"))) as cluster:
+        cluster.add_engine("e0", "--key-file", str(folder / "e0.key"))
+        with Client(cluster.router, key_file=folder / "me.key") as me, cluster.client().stream([4, 5], **long) as other:
+            mine = me.stream([1, 2, 3], **long)
+            next(mine), next(other)
+            assert revoke(folder, "me")
+            with pytest.raises(PeerLost, match="your key was revoked"):
+                for _ in mine:
+                    pass
+            # At the engine, too; and another key's goes on.
+            cluster.wait_for(lambda status: status.engines[0].load.running == 1, "one of two to stop")
+            next(other)
+            # An engine's: what it has is taken from it, and it gets nothing new, however alive it seems.
+            cluster.add_engine("e1", "--key-file", str(folder / "e1.key"))
+            assert revoke(folder, "e0")
+            with pytest.raises(PeerLost, match=r"the key of engine:e0:[0-9a-f]+ was revoked"):
+                for _ in other:
+                    pass
+            cluster.wait_for(lambda status: state_of(status, "e0") in ("connecting", "silent"), "e0 to be let go of")
+            for number in range(6):
+                assert cluster.client().generate([6, number], max_tokens=2, ignore_eos=True).finish_reason == "length"
 
 
 def ask_until_refused(cluster: Cluster, key_file: Path) -> None:

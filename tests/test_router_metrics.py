@@ -10,9 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.router_support import World, read
 from tests.virtual_time import run_virtual
 
-from microserve.router.metrics import RouterMetrics, Series
+from microserve.router.metrics import RouterMetrics
 from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.runtime.errors import Busy, ModelNotFound, TransferFailed
+from microserve.runtime.series import Series
 
 
 def test_a_series_counts_by_upper_bound() -> None:

@@ -51,16 +51,16 @@ class Fleet:
         self._http_port = http
         self._clients: list[Client] = []
 
-    def router(self, *arguments: str, **environ: str) -> Unit:
+    def router(self, *arguments: str) -> Unit:
         given = ["--router-id", "r", "--bind", self.bus, "--http-port", str(self._http_port)]
-        return self._unit("router", ["microserve.router", *given, *arguments], environ)
+        return self._unit("router", ["microserve.router", *given, *arguments])
 
-    def engine(self, *arguments: str, module: Sequence[str] = ("microserve.engine",), **environ: str) -> Unit:
+    def engine(self, *arguments: str, module: Sequence[str] = ("microserve.engine",)) -> Unit:
         given = ["--engine-id", "e", "--routers", self.bus, *FAKE]
-        return self._unit("engine", [*module, *given, *arguments], environ)
+        return self._unit("engine", [*module, *given, *arguments])
 
-    def _unit(self, name: str, arguments: list[str], environ: dict[str, str]) -> Unit:
-        unit = self._stack.enter_context(Unit(name, arguments, self.folder, **environ))
+    def _unit(self, name: str, arguments: list[str]) -> Unit:
+        unit = self._stack.enter_context(Unit(name, arguments, self.folder))
         unit.start()
         return unit
 

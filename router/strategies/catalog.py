@@ -155,9 +155,9 @@ def load_file(path: Path, *, limit: float = LOAD_LIMIT) -> list[Strategy] | Prob
     if thread.is_alive():
         return Problem(str(path), _where(thread, str(path)), f"it does not finish within {limit:g} s")
     if raised:
-        error = raised[0]
-        said = f"it calls exit({error.code!r})" if isinstance(error, SystemExit) else _describe(error)
-        return Problem(str(path), _line(error, str(path)), said)
+        failure = raised[0]
+        said = f"it calls exit({failure.code!r})" if isinstance(failure, SystemExit) else _describe(failure)
+        return Problem(str(path), _line(failure, str(path)), said)
     own = [value for value in vars(module).values() if isinstance(value, Strategy) and _defined_in(value, str(path))]
     if not own:
         return Problem(str(path), 0, "it defines no strategy (an async generator function under @strategy)")

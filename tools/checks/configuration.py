@@ -84,9 +84,9 @@ def read_configuration(
     if not files and not found.findings:
         words = f"no configuration files in {machine.root / SYSTEM_FOLDER}: daemons have their defaults and flags"
         found.findings.append(ok("configuration", words))
-    for kind in _KINDS.values():
+    for expected in _KINDS.values():
         try:
-            load_config(kind, environ=environ if environ is not None else machine.environ)
+            load_config(expected, environ=environ if environ is not None else machine.environ)
         except ConfigError as error:
             advice = "unset the variable, or correct it: daemons that are started from here refuse it"
             found.findings.append(problem("configuration", f"the environment: {error.message}", advice))

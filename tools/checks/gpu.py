@@ -43,11 +43,15 @@ def check_gpu(machine: Machine) -> list[Finding]:
     if not machine.gpus and driver is None and ran is None:
         return [note("gpu", "no NVIDIA GPU: engines compute on the CPU", "for one, install NVIDIA's driver")]
     if ran is None:
-        shown = f"{len(machine.gpus)} NVIDIA GPUs, driver {driver[1] if driver else 'unknown'}; no nvidia-smi to ask more"
+        shown = (
+            f"{len(machine.gpus)} NVIDIA GPUs, driver {driver[1] if driver else 'unknown'}; no nvidia-smi to ask more"
+        )
         return [note("gpu", shown, "install nvidia-utils (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)")]
     if ran.late:
         words = f"nvidia-smi does not answer within {machine.seconds:g} s"
-        return [problem("gpu", words, "see `dmesg | grep -i -e nvrm -e xid`; restart the machine when the driver hangs")]
+        return [
+            problem("gpu", words, "see `dmesg | grep -i -e nvrm -e xid`; restart the machine when the driver hangs")
+        ]
     rows = [[cell.strip() for cell in line.split(",")] for line in ran.out.splitlines() if line.count(",") == 4]
     if ran.code or not rows:
         advice = "install the driver again so that its kernel module and its libraries agree, then restart the machine"
@@ -92,7 +96,9 @@ def check_torch(machine: Machine) -> list[Finding]:
         findings = [note("torch", f"{findings[0].message}: {why}", "unset CUDA_VISIBLE_DEVICES to use all of them")]
     for index, (name, major, minor) in enumerate(answer["gpus"]):
         if (major, minor) < _OLDEST_CAPABILITY:
-            words = f"GPU {index}, {name}, has compute capability {major}.{minor}: FlashInfer may have no kernels for it"
+            words = (
+                f"GPU {index}, {name}, has compute capability {major}.{minor}: FlashInfer may have no kernels for it"
+            )
             findings.append(note("torch", words, 'set executor = "torch" for engines on it'))
     return findings
 

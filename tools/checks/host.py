@@ -35,7 +35,9 @@ def _locked(machine: Machine) -> Finding:
     if not machine.rdma_devices:
         return ok("limits", f"{words}, which matters to RDMA alone")
     if hard == resource.RLIM_INFINITY:
-        return problem("limits", f"{words}: RDMA cannot register a pool", "ulimit -l unlimited, before an engine starts")
+        return problem(
+            "limits", f"{words}: RDMA cannot register a pool", "ulimit -l unlimited, before an engine starts"
+        )
     advice = (
         "under systemd the units set LimitMEMLOCK=infinity; for a shell, "
         "'* - memlock unlimited' in /etc/security/limits.conf; in a container, --ulimit memlock=-1"

@@ -45,15 +45,17 @@ def ask_ready(url: str, seconds: float, *, now: Callable[[], float] = time.time)
     host = (parts.hostname or "").replace("0.0.0.0", "127.0.0.1")
     made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = made(host, parts.port, timeout=seconds)
-    began = now()
+    expires = None
     try:
+        connection.connect()
+        # As long as there is a connection.
+        if isinstance(connection.sock, ssl.SSLSocket) and (certificate := connection.sock.getpeercert()):
+            expires = float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
+        began = now()
         connection.request("GET", "/ready")
         response = connection.getresponse()
         body = response.read()
         ended = now()
-        expires = None
-        if isinstance(connection.sock, ssl.SSLSocket) and (certificate := connection.sock.getpeercert()):
-            expires = float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
     finally:
         connection.close()
     date = response.getheader("date")
@@ -74,7 +76,7 @@ def check_http(
         words = f"{url}: its certificate is not trusted here: {error.verify_message}"
         return [note("http", words, "clients need its authority (SSL_CERT_FILE), and the name that stands in it")]
     except (OSError, http.client.HTTPException) as error:
-        words = f"router {router} does not answer HTTP at {url}: {error or type(error).__name__}"
+        words = f"router {router} does not answer HTTP at {url}: {str(error) or type(error).__name__}"
         return [problem("http", words, "see its log, and whether a firewall or a proxy stands between")]
     return [*judge_ready(router, url, answer), *judge_time(router, answer)]
 

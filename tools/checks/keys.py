@@ -120,10 +120,10 @@ def _identity(file: KeyFile) -> list[Finding]:
     shown = f"{path} is the key of {identity.name} ({identity.role})"
     findings: list[Finding] = []
     if file.role and identity.role != file.role:
-        words = f"{shown}, and {file.role} {file.name or ''} is to use it".replace("  ", " ")
+        words = f"{shown}, and {_who(file)} is to use it"
         findings.append(problem("keys", words, f"microserve keys new NAME --role {file.role}, then set key_file"))
     elif file.name is not None and identity.name != file.name:
-        words = f"{shown}, and a {file.role} called {file.name} is to use it: it is let in under its own name alone"
+        words = f"{shown}, and {_who(file)} is to use it: a key speaks for its own name alone"
         findings.append(problem("keys", words, f"call it {identity.name}, or leave out {file.role}_id"))
     ring = path.parent / AUTHORIZED_FILE
     if ring.exists():
@@ -140,6 +140,11 @@ def _identity(file: KeyFile) -> list[Finding]:
         words = f"{ring} is missing: the {file.role} would not start"
         findings.append(problem("keys", words, "copy it from where the fleet's keys are made"))
     return findings or [ok("keys", shown)]
+
+
+def _who(file: KeyFile) -> str:
+    kind = {"engine": "an engine", "router": "a router"}[file.role]
+    return kind if file.name is None else f"{kind} called {file.name}"
 
 
 def _ring(ring: Path) -> list[Finding]:

@@ -38,7 +38,7 @@ def run_program(command: Sequence[str], seconds: float) -> Ran:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds
         )
     except subprocess.TimeoutExpired as late:
-        return Ran(-1, *(_text(stream) for stream in (late.stdout, late.stderr)), late=True)
+        return Ran(-1, _text(late.stdout), _text(late.stderr), late=True)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

@@ -62,8 +62,9 @@ def _judge(machine: Machine, wanted: Wanted, net: Sequence[Path]) -> Finding:
     pid, command = holder
     if ROUTER in command:
         return ok("ports", f"{words} is a microserve router's (process {pid})")
-    shown = " ".join(command)
-    words = f"{words} is in use by another program: process {pid}, {shown[:80]}"
+    # Not its arguments: some have secrets there.
+    name = command[0].rpartition("/")[2] if command else "unknown"
+    words = f"{words} is in use by another program: {name} (process {pid})"
     advice = f"stop it, or choose another port for the router ({wanted.setting})"
     return problem("ports", words, advice) if wanted.needed else note("ports", words, advice)
 

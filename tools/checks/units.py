@@ -18,7 +18,8 @@ _UNSTEADY = 3
 
 def check_units(machine: Machine) -> list[Finding]:
     """Of the system's manager, and of our own."""
-    if machine.find("systemctl") is None:
+    # As sd_booted(3) does: the programs may be there without the manager.
+    if machine.find("systemctl") is None or not (machine.root / "run/systemd/system").is_dir():
         return [note("units", "no systemd here: nothing restarts a daemon that ends", "see `microserve up`")]
     findings = []
     for places in (Places.of_system(machine.root), Places.of_user(machine.home)):
@@ -50,8 +51,10 @@ def _states(machine: Machine, places: Places) -> list[Finding]:
     if listed is None or listed.late or listed.code:
         why = "does not answer" if listed is None or listed.late else listed.last_words
         words = f"the units are installed, and their state is not to be had: {shown}: {why}"
-        return [note("units", words, "in a container there may be no systemd: `microserve up` instead")]
-    names = [line.split()[0] for line in listed.out.splitlines() if line.split()[0].endswith(".service")]
+        advice = f"`{shown} list-units 'microserve*'`, as root, or logged in as the user whose they are"
+        return [note("units", words, advice)]
+    first = (line.split()[0] for line in listed.out.splitlines() if line.strip())
+    names = [name for name in first if name.endswith(".service")]
     if not names:
         start = f"`{shown} enable --now microserve.target microserve-router microserve-engine@0`"
         return [note("units", "the units are installed, and none is started", start)]
@@ -68,7 +71,9 @@ def _judge(unit: dict[str, str], control: str, journal: str) -> Finding:
     words = f"{name} is {active} ({unit.get('SubState', '')}), {unit.get('UnitFileState') or 'not enabled'}"
     if active == "failed":
         result = unit.get("Result", "")
-        return problem("units", f"{name} has failed: {result}", f"`{journal} {name} -n 50`, then `{control} restart {name}`")
+        return problem(
+            "units", f"{name} has failed: {result}", f"`{journal} {name} -n 50`, then `{control} restart {name}`"
+        )
     if active != "active":
         return note("units", words, f"`{control} start {name}`, when it is to run")
     if restarts >= _UNSTEADY:
