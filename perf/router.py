@@ -91,11 +91,11 @@ def free_port() -> int:
         return port
 
 
-def start_router(fleet: Fleet, model: str, engines: int, step: float) -> Server:
+def start_router(fleet: Fleet, model: str, engines: int, step: float, *, module: str = "microserve.router") -> Server:
     """A router and its engines, ready. `step` is a decode step's time in seconds, whatever it holds."""
     port, bus = free_port(), f"tcp://127.0.0.1:{free_port()}"
     quiet = ("--log-level", "warning")
-    router = fleet.start("microserve.router", "--bind", bus, "--http-port", str(port), *quiet)
+    router = fleet.start(module, "--bind", bus, "--http-port", str(port), *quiet)
     for index in range(engines):
         fleet.start(
             *("microserve.engine", "--engine-id", f"e{index}", "--routers", bus, *quiet),
