@@ -82,7 +82,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
 
     decoder = Decoder(model, weights, CudaKernels(), max_context=max_context)
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
-    with _first_step(progress):
+    with first_step(progress):
         peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
     pages = _pool_pages(config, shape, device, peak, max_context)
@@ -112,7 +112,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     return executor
 
 
-def _first_step(progress: Progress) -> AbstractContextManager[object]:
+def first_step(progress: Progress) -> AbstractContextManager[object]:
     """The stage of the first step, which compiles what no step before it has left in FlashInfer's folder."""
     if compiled_kernels():
         return progress.stage("measuring the worst step", patience=_COMPILING)
@@ -128,8 +128,11 @@ def kernel_folder() -> Path:
 
 
 def compiled_kernels() -> int:
-    """How many of FlashInfer's modules are compiled already."""
-    return sum(1 for _ in kernel_folder().glob("*/*.so"))
+    """How many of FlashInfer's modules are compiled already: here, or before they were packaged."""
+    from flashinfer.jit import env
+
+    folders = (kernel_folder(), Path(env.FLASHINFER_AOT_DIR))
+    return sum(1 for folder in folders for _ in folder.glob("*/*.so"))
 
 
 def _pool_pages(config: EngineConfig, shape: PageShape, device: torch.device, peak: int, max_context: int) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import sys
-import threading
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -149,42 +148,15 @@ def _status_line(engine: Engine) -> str:
 async def _open_unless_draining(
     config: EngineConfig, name: str, lifecycle: Lifecycle
 ) -> tuple[Executor, Transport | None] | None:
-    """What takes long, in a thread, so that signals and the event loop need not wait. None: told to end meanwhile."""
-    loop = asyncio.get_running_loop()
+    """What takes long. None: told to end meanwhile."""
     progress = Progress(bars=sys.stderr.isatty())
-    opened: asyncio.Future[tuple[Executor, Transport | None]] = loop.create_future()
 
-    def settle(result: tuple[Executor, Transport | None] | BaseException) -> None:
-        if opened.done():
-            return
-        if isinstance(result, BaseException):
-            opened.set_exception(result)
-        else:
-            opened.set_result(result)
+    def work() -> tuple[Executor, Transport | None]:
+        executor = open_executor(config, progress)
+        with progress.stage("opening the transport"):
+            return executor, open_engine_transport(config, executor, name)
 
-    def work() -> None:
-        result: tuple[Executor, Transport | None] | BaseException
-        try:
-            executor = open_executor(config, progress)
-            with progress.stage("opening the transport"):
-                result = executor, open_engine_transport(config, executor, name)
-        except BaseException as error:  # raised again by whoever waits
-            result = error
-        # The loop is gone when the process was told to end while a checkpoint was read.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result)
-
-    # A daemon thread, and not the loop's pool: a process that is told to end does not wait for a checkpoint.
-    threading.Thread(target=work, name="engine-open", daemon=True).start()
-    draining = asyncio.create_task(lifecycle.draining.wait(), name="engine drain")
-    try:
-        async with lifecycle.starting(progress.look):
-            await asyncio.wait((opened, draining), return_when=asyncio.FIRST_COMPLETED)
-        return opened.result() if opened.done() else None
-    finally:
-        opened.cancel()
-        draining.cancel()
-        await asyncio.gather(draining, return_exceptions=True)
+    return await lifecycle.open(work, progress.look)
 
 
 def open_engine_transport(config: EngineConfig, executor: Executor, name: str) -> Transport | None:

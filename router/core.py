@@ -65,8 +65,6 @@ _REFUSALS = 5.0
 _MEET_AFTER = 0.05
 """Seconds after a change of the fleet until engines are told of each other."""
 _MEET_BUDGET = 10.0
-FORGET_AFTER = 300.0
-"""Seconds after which a silent engine counts as gone, unless it may be silent for longer."""
 
 _log = get_logger(__name__)
 
@@ -111,8 +109,7 @@ class RouterCore:
         self.draining = False
         self.events = EventLog(clock=clock)
         self.inspection = Inspection(clock)
-        forget = max(FORGET_AFTER, config.engine_silence)
-        self.roster = Roster(silence=config.engine_silence, clock=clock, forget=forget)
+        self.roster = Roster(silence=config.engine_silence, clock=clock)
         self.fleet = EngineFleet(bus, prepare=self._prepare, clock=clock)
         self.fleet.event = self.events.add
         self.versions.changed = lambda told: self.events.add("strategy", detail=told)
@@ -131,7 +128,8 @@ class RouterCore:
             observer=metrics.gap_observer,
             sub_ended=metrics.sub_ended,
         )
-        self._active: set[Generation] = set()
+        self._active: dict[Generation, None] = {}
+        """In the order in which they got a place."""
         self._queue: deque[Generation] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -367,7 +365,7 @@ class RouterCore:
             self._queue.append(generation)
             asyncio.get_running_loop().call_later(self.config.queue_timeout, self._waited, generation)
         else:
-            self._active.add(generation)
+            self._active[generation] = None
             generation.start()
         return generation
 
@@ -393,7 +391,7 @@ class RouterCore:
         self.metrics.ended(generation)
         self.inspection.ended(generation)
         if generation in self._active:
-            self._active.discard(generation)
+            del self._active[generation]
             now = self._clock()
             self._end_interval += _SMOOTHING * (now - self._last_end - self._end_interval)
             self._last_end = now
@@ -406,7 +404,7 @@ class RouterCore:
     def _advance(self) -> None:
         while self._queue and len(self._active) < self.config.max_active:
             following = self._queue.popleft()
-            self._active.add(following)
+            self._active[following] = None
             following.start()
 
     # --- view ------------------------------------------------------------------------------------------------------

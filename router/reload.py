@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.router.core import FORGET_AFTER
 from microserve.router.strategies.catalog import StrategyFolder, load_catalog
 from microserve.runtime.log import get_logger
 from microserve.runtime.reload import Reload
@@ -34,10 +33,6 @@ def router_reload(
     def nothing(config: RouterConfig) -> None:
         """It is looked up in the configuration when it is needed."""
 
-    def watch(config: RouterConfig) -> None:
-        silence = config.engine_silence
-        core.roster.limit(silence=silence, forget=max(FORGET_AFTER, silence))
-
     def look_there(config: RouterConfig) -> None:
         folder = _folder(config)
         core.versions.read_from(partial(load_catalog, folder and StrategyFolder(folder)))
@@ -48,7 +43,7 @@ def router_reload(
         "queue_timeout": nothing,
         "request_timeout": nothing,
         "drain_timeout": nothing,
-        "engine_silence": watch,
+        "engine_silence": lambda config: core.roster.limit(silence=config.engine_silence),
         "strategy_folder": look_there,
         "keep_alive": lambda config: keep_alive(config.keep_alive),
         "log_level": nothing,

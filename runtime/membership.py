@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 1.0
 """Seconds between heartbeats."""
+_FORGET = 300.0
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0
 _CALL_BUDGET = 3.0
 _LEAVE_BUDGET = 1.0
@@ -76,17 +77,18 @@ class Roster:
     """The engines that announced themselves to this router. Pure: no sockets, no tasks, no clock of its own.
 
     `silence`: seconds without a sign of life after which an engine counts as silent. `forget`: seconds after which a
-    silent engine is dropped as if it had left.
+    silent engine is dropped as if it had left (None: five minutes, or as long as it may be silent).
     """
 
-    def __init__(self, *, silence: float, clock: Clock, forget: float = 300.0) -> None:
+    def __init__(self, *, silence: float, clock: Clock, forget: float | None = None) -> None:
         self._clock = clock
         self.limit(silence=silence, forget=forget)
         self._members: dict[str, Member] = {}
         self._least: dict[str, int] = {}
 
-    def limit(self, *, silence: float, forget: float) -> None:
+    def limit(self, *, silence: float, forget: float | None = None) -> None:
         """Other limits from now on."""
+        forget = max(_FORGET, silence) if forget is None else forget
         if not 0 < silence <= forget:
             raise ValueError(f"silence ({silence} s) must be positive and at most forget ({forget} s)")
         self._silence = silence

@@ -8,9 +8,10 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import traceback
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import CheckpointError, ConfigError, MicroserveError
@@ -20,6 +21,8 @@ from microserve.runtime.systemd import Notifier
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
     from types import FrameType
+
+T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -61,6 +64,43 @@ class Lifecycle:
         self._serving = False
         self._hung_up = False
         self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self, work: Callable[[], T], look: Callable[[], str | None] = lambda: "starting") -> T | None:
+        """What `work` returns: something that takes long, in a thread, so that signals and the event loop need not
+        wait. None: told to end meanwhile. `look` as `starting` has it."""
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if opened.done():
+                return
+            if error is not None:
+                opened.set_exception(error)
+            else:
+                opened.set_result(cast("T", result))
+
+        def run() -> None:
+            result: T | None = None
+            failed: BaseException | None = None
+            try:
+                result = work()
+            except BaseException as error:  # raised again by whoever waits
+                failed = error
+            # The loop is gone when the process was told to end meanwhile.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, result, failed)
+
+        # A daemon thread, and not the loop's pool: a process that is told to end does not wait for it.
+        threading.Thread(target=run, name="service-open", daemon=True).start()
+        draining = asyncio.create_task(self.draining.wait(), name="service drain")
+        try:
+            async with self.starting(look):
+                await asyncio.wait((opened, draining), return_when=asyncio.FIRST_COMPLETED)
+            return opened.result() if opened.done() else None
+        finally:
+            opened.cancel()
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
 
     @asynccontextmanager
     async def starting(

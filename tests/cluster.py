@@ -200,7 +200,8 @@ class Cluster:
         return Path(self._folder.name) / f"{name}.sock"
 
     def page_digests(self, name: str, **question: Sequence[int]) -> list[str]:
-        """A digest of each page that an engine holds of `prompt=…`, or of the `pages=…` of its pool."""
+        """A digest of each page that an engine holds of `prompt=…`, of the `pages=…` of its pool, or of those that it
+        has `pushed=()` since that was last asked."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self.control(name)))
             asked = {key: [int(each) for each in ids] for key, ids in question.items()}

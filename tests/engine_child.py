@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from microserve.engine.executor import Executor
+    from microserve.engine.transfers import Push
     from microserve.kv.transfer.base import KvMemory
 
 
@@ -51,6 +52,15 @@ def main(argv: Sequence[str]) -> int:
 
         async def start(self) -> None:
             await super().start()
+            self._pushed: list[int] = []
+            if (transfers := self.core.transfers) is not None:
+                push = transfers.push
+
+                def push_and_note(order: Push) -> None:
+                    self._pushed += order.source.tolist()
+                    push(order)
+
+                transfers.push = push_and_note  # type: ignore[method-assign]
             self._control = await asyncio.start_unix_server(self._serve, ours.control, limit=1 << 24)
 
         async def stop(self) -> None:
@@ -67,8 +77,11 @@ def main(argv: Sequence[str]) -> int:
 
         def _digests(self, question: dict[str, list[int]]) -> list[str]:
             """In the step thread."""
-            pages = question.get("pages")
-            if pages is None:
+            if "pushed" in question:
+                pages, self._pushed = self._pushed, []
+            elif "pages" in question:
+                pages = question["pages"]
+            else:
                 pages = self.core.cache.match(np.array(question["prompt"], dtype=np.int32)).pages.tolist()
             memory = opened[0]
             size = memory.page_bytes

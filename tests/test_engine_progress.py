@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
+from microserve.engine import cuda_open
 from microserve.engine.progress import PATIENCE, Progress
 from microserve.runtime.clock import ManualClock
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
 
@@ -66,3 +71,27 @@ def test_a_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) ->
         report(1, 2)
         assert progress.look() == "loading weights: 1/2"
     assert capsys.readouterr().out == ""
+
+
+def test_kernels_that_must_be_compiled_first_are_announced_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    built, packaged = tmp_path / "cached_ops", tmp_path / "aot"
+    library = ModuleType("flashinfer.jit")
+    env = SimpleNamespace(FLASHINFER_JIT_DIR=built, FLASHINFER_AOT_DIR=packaged)
+    monkeypatch.setattr(library, "env", env, raising=False)
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.jit", library)
+    progress = Progress(clock=ManualClock())
+    with cuda_open.first_step(progress):
+        assert progress.look() == "compiling kernels, which the first start does"
+        (built / "norm").mkdir(parents=True)
+        (built / "norm" / "norm.so").touch()
+        assert progress.look() == "compiling kernels, which the first start does: 1 so far"
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels are not compiled yet: the first start takes minutes"
+    ]
+    with cuda_open.first_step(progress):
+        assert progress.look() == "measuring the worst step"
+    assert len(caplog.records) == 1

@@ -8,6 +8,8 @@ same.
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +20,10 @@ from tests.soak import FOLDER
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.runtime.client import AsyncClient
+from microserve.runtime.messages import Drain, Ok, Resume
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
 
     from microserve.runtime.messages import SettingValue
@@ -84,20 +87,28 @@ async def alone(engines: Engines, prompt: list[int]) -> Answer:
 
 
 async def split_between(engines: Engines, prompt: list[int], split: int | None, *senders: str) -> Answer:
-    """The senders share [matched, split) in whole pages; e0 computes the rest and decodes."""
+    """The senders share [matched, split) in whole pages; e0 computes the rest and decodes.
+
+    Nothing that is cached is computed: neither what the receiver had before, nor what a sender had of its range, in
+    whole pages of it.
+    """
     receiver = engines["e0"]
+    cached = {name: await engines[name].match(prompt) for name in {receiver.name, *senders}}
     kv = await receiver.prep_recv(prompt, split, expect_tokens=OUTPUT)
+    assert kv.matched == cached[receiver.name]
     first = min(kv.matched, kv.end)
     pages = -(-(kv.end - first) // PAGE)
     bounds = [first + PAGE * (pages * share // len(senders)) for share in range(len(senders))] + [kv.end]
     sending = [
-        engines[name].sending(prompt, kv, begin, end)
+        (engines[name].sending(prompt, kv, begin, end), end - begin, min(cached[name], end // PAGE * PAGE) - begin)
         for name, begin, end in zip(senders, bounds, bounds[1:], strict=False)
         if begin < end
     ]
     answer = await receiver.generate(prompt, OUTPUT, kv=kv)
-    for each in sending:
-        assert (await each).bytes > 0
+    for each, length, reusable in sending:
+        report = await each
+        assert report.bytes > 0
+        assert (report.reused, report.computed) == (max(0, reusable), length - max(0, reusable))
     assert answer.done.recomputed_tokens == 0
     assert answer.done.received_tokens == kv.end - first
     return answer
@@ -145,22 +156,36 @@ PLACEMENTS: dict[str, Callable[[Engines, list[int]], Awaitable[Answer]]] = {
     **{f"balanced {ratio}": balanced(ratio) for ratio in (0.0, 0.1, 0.37, 1.0)},
 }
 
-WARM = {"cold": (), "receiver warm": ("e0",), "sender warm": ("e1", "e2"), "all warm": ("e0", "e1", "e2")}
-"""Engines that have the first half of the prompt in their prefix tree."""
+WARM: dict[str, tuple[tuple[str, ...], float]] = {
+    "cold": ((), 0),
+    "receiver warm": (("e0",), 0.5),
+    "sender warm": (("e1", "e2"), 0.5),
+    "all warm": (("e0", "e1", "e2"), 0.5),
+    "receiver has all": (("e0",), 1),
+    "sender has all": (("e1", "e2"), 1),
+    "all have all": (("e0", "e1", "e2"), 1),
+}
+"""Engines that have the beginning of the prompt in their prefix tree, and how much of it: a whole page at least."""
 
 
-@pytest.mark.parametrize("warm", WARM)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "warm"),
+    # A prompt without a whole page leaves nothing in a prefix tree.
+    [(length, warm) for length in LENGTHS for warm in WARM if length >= PAGE or warm == "cold"],
+)
 def test_every_placement_gives_the_same_tokens(cluster: Cluster, length: int, warm: str) -> None:
     async def work(engines: Engines) -> None:
         prompt = prompt_of(length)
         expected = await alone(engines, prompt)
         assert len(expected.tokens) == OUTPUT
         tokens: dict[str, list[int]] = {}
+        names, part = WARM[warm]
+        beginning = prompt[: max(PAGE, int(length * part))]
         for name, placement in PLACEMENTS.items():
             await chill(engines)
-            for engine in WARM[warm]:
-                await engines[engine].generate(prompt[: max(1, length // 2)], 1)
+            for engine in names:
+                await engines[engine].generate(beginning, 1)
+                assert await engines[engine].match(prompt) == len(beginning) // PAGE * PAGE >= PAGE
             answer = await placement(engines, prompt)
             tokens[name] = answer.tokens
             # The likeliest token may be the same after all, had KV of a long prompt been wrong in places.
@@ -191,25 +216,45 @@ def test_a_conversation_that_moves_goes_on_the_same(cluster: Cluster, length: in
     in_fleet(cluster, work)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_pages_arrive_byte_for_byte(cluster: Cluster, length: int) -> None:
+@pytest.mark.parametrize("senders", [("e1",), ("e1", "e2")], ids=["one sender", "two senders"])
+@pytest.mark.parametrize(
+    ("length", "warm"), [(length, warm) for length in LENGTHS for warm in sorted({0, length // PAGE // 2})]
+)
+def test_pages_arrive_byte_for_byte(cluster: Cluster, length: int, warm: int, senders: tuple[str, ...]) -> None:
+    """The last page, too, which is not whole, and of which no prefix tree knows."""
+
+    async def digests(name: str, **question: Sequence[int]) -> list[str]:
+        return await asyncio.to_thread(cluster.page_digests, name, **question)
+
     async def work(engines: Engines) -> None:
-        prompt = prompt_of(length, seed=1)  # of another test, a page might hold the same from before
-        receiver, sender = engines["e0"], engines["e1"]
+        # Of another test, a page might hold the same from before.
+        prompt = prompt_of(length, seed=1000 + 10 * warm + len(senders))
+        receiver = engines["e0"]
+        if warm:
+            await receiver.generate(prompt[: warm * PAGE], 1)
         kv = await receiver.prep_recv(prompt)
+        assert kv.matched == warm * PAGE
         pages = np.frombuffer(kv.pages, dtype=np.int32).tolist()
-        assert len(pages) == -(-length // PAGE)
-        before = await asyncio.to_thread(cluster.page_digests, "e0", pages=pages)
-        await sender.sending(prompt, kv)
-        whole = length // PAGE
-        sent = await asyncio.to_thread(cluster.page_digests, "e1", prompt=prompt)
-        assert len(sent) == whole
+        assert len(pages) == -(-length // PAGE) - warm
+        before = await digests("e0", pages=pages)
+        bounds = [*(kv.matched + PAGE * (len(pages) * share // len(senders)) for share in range(len(senders))), length]
+        sent: list[str] = []
+        for name, begin, end in zip(senders, bounds, bounds[1:], strict=False):
+            await digests(name, pushed=())
+            if begin < end:
+                await engines[name].sending(prompt, kv, begin, end)
+            sent += await digests(name, pushed=())
+        assert len(sent) == len(pages) > 0
         # The sender's word says that the pages were written; the receiver's own notification may be a moment later.
+        whole = length // PAGE
         assert await receiver.commit(kv, wait=10) == whole * PAGE
-        arrived = await asyncio.to_thread(cluster.page_digests, "e0", pages=pages)
-        assert arrived[:whole] == sent
+        arrived = await digests("e0", pages=pages)
+        assert arrived == sent
         assert all(one != other for one, other in zip(before, arrived, strict=True))
-        assert await asyncio.to_thread(cluster.page_digests, "e0", prompt=prompt) == sent
+        kept = await digests("e0", prompt=prompt)
+        assert kept[warm:] == sent[: whole - warm]
+        # Who has sent the end of the prompt has computed all of it, and had it from nobody.
+        assert kept == await digests(senders[-1], prompt=prompt)
 
     in_fleet(cluster, work)
 
@@ -217,31 +262,35 @@ def test_pages_arrive_byte_for_byte(cluster: Cluster, length: int) -> None:
 # --- the same through the router, the strategy set live ------------------------------------------------------------
 
 MOVES: dict[str, SettingValue] = {"cache_aware": False, "min_remote": 1}
-STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], bool]] = {
-    "data parallel": ("data_parallel", {}, False),
-    "cache aware": ("cache_aware", {}, False),
-    "2P1D": ("prefill_decode", MOVES, True),
-    "cache-aware 2P1D": ("prefill_decode", {}, True),
-    "split between two senders": ("shared", {}, True),
-    "migrated before it is served": ("migrated", {}, True),
-    "migrated after the turn": ("context_migration", {"target": "decode", "min_tokens": 1}, False),
-    **{f"balanced {ratio}": ("balanced", {"ratio": ratio}, ratio < 1) for ratio in (0.0, 0.1, 0.37, 1.0)},
+STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], int]] = {
+    "data parallel": ("data_parallel", {}, 0),
+    "cache aware": ("cache_aware", {}, 0),
+    "2P1D": ("prefill_decode", MOVES, 2),
+    "cache-aware 2P1D": ("prefill_decode", {}, 2),
+    "split between two senders": ("shared", {}, 2),
+    "migrated before it is served": ("migrated", {}, 1),
+    **{f"balanced {ratio}": ("balanced", {"ratio": ratio}, 2 if ratio < 1 else 0) for ratio in (0.0, 0.1, 0.37, 1.0)},
 }
-"""Name, settings, and whether KV of a cold prompt of pages has to move."""
+"""Name, settings, and how many engines at least have to send KV of cold prompts."""
+
+
+async def pushed(engines: Engines) -> Counter[str]:
+    """Bytes by engine."""
+    return Counter({name: int((await engine.stats())["transfer_pushed_bytes"]) for name, engine in engines.items()})
 
 
 @pytest.mark.parametrize("case", STRATEGIES)
 def test_every_strategy_gives_the_same_tokens(cluster: Cluster, case: str) -> None:
-    name, settings, moves = STRATEGIES[case]
-
-    async def pushed(engines: Engines) -> float:
-        return sum([(await engine.stats())["transfer_pushed_bytes"] for engine in engines.values()])
+    name, settings, senders = STRATEGIES[case]
+    # The router remembers what it has sent where in another case, and does not hear that it was evicted.
+    seed = 10 + list(STRATEGIES).index(case)
 
     async def work(engines: Engines) -> None:
+        sent: Counter[str] = Counter()
         async with AsyncClient(cluster.router) as client:
             (active,) = (await client.set_strategy(name, settings=settings)).active
             for length in LENGTHS:
-                prompt = prompt_of(length, seed=2)
+                prompt = prompt_of(length, seed)
                 first = await alone(engines, prompt)
                 second = await engines["e0"].generate(turn := [*prompt, *first.tokens, 7, 7, 7], OUTPUT)
                 await chill(engines)
@@ -251,13 +300,66 @@ def test_every_strategy_gives_the_same_tokens(cluster: Cluster, case: str) -> No
                     answer = await client.generate(asked, max_tokens=OUTPUT, temperature=0, ignore_eos=True)
                     assert list(answer.token_ids) == expected.tokens, length
                     assert answer.strategy == active.version
-                if moves and length >= 100:
-                    assert await pushed(engines) > before
+                moved = await pushed(engines) - before
+                assert moved or not senders or length < 100
+                sent += moved
                 for engine in engines.values():
                     await engine.until(lambda info: is_whole(info.load))
                     await engine.evict()
+        assert len(sent) >= senders
+        if name in ("prefill_decode", "balanced"):
+            # Each of the engines that prefill has done so, and never the one that decodes.
+            assert set(sent) == ({"e1", "e2"} if senders else set())
 
     in_fleet(cluster, work)
+
+
+@pytest.mark.parametrize("length", [length for length in LENGTHS if length + OUTPUT > PAGE])
+def test_a_context_is_where_its_next_turn_is_served(cluster: Cluster, length: int) -> None:
+    """`context_migration` moves it after the answer; the next turn has nowhere else to go."""
+
+    async def work(engines: Engines) -> None:
+        async with AsyncClient(cluster.router) as client:
+            await client.set_strategy("context_migration", settings={"target": "decode", "min_tokens": 1})
+            for seed in itertools.count(3):
+                assert seed < 6, "a prefill engine is picked longest ago, sooner or later"
+                prompt = prompt_of(length, seed=seed)
+                expected = await alone(engines, prompt)
+                history = [*prompt, *expected.tokens]
+                turn = [*history, 7, 7, 7]
+                following = await alone(engines, turn)
+                await chill(engines)
+                before = await pushed(engines)
+                answer = await client.generate(prompt, max_tokens=OUTPUT, temperature=0, ignore_eos=True)
+                assert list(answer.token_ids) == expected.tokens
+                await engines["e0"].until(lambda info: is_whole(info.load))
+                if answer.engine != "e0":
+                    break
+            moved = len(history) // PAGE * PAGE
+            async with asyncio.timeout(10):
+                while await engines["e0"].match(history) != moved:
+                    pass
+            assert set(await pushed(engines) - before) == {answer.engine}
+            for name in ("e1", "e2"):
+                await engines[name].ask(Drain(), Ok)
+            try:
+                await until_ready(client, {"e0"})
+                answer = await client.generate(turn, max_tokens=OUTPUT, temperature=0, ignore_eos=True)
+                assert (answer.engine, answer.usage.cached_tokens) == ("e0", moved)
+                assert list(answer.token_ids) == following.tokens
+            finally:
+                for name in ("e1", "e2"):
+                    await engines[name].ask(Resume(), Ok)
+                await until_ready(client, set(LABELS))
+
+    in_fleet(cluster, work)
+
+
+async def until_ready(client: AsyncClient, names: set[str]) -> None:
+    """Until the router picks among these and no others."""
+    async with asyncio.timeout(10):
+        while {each.info.engine_id for each in (await client.status()).engines if each.state == "ready"} != names:
+            pass
 
 
 def test_what_is_known_of_the_links(cluster: Cluster) -> None:

@@ -284,11 +284,14 @@ def test_a_list_that_became_unreadable_changes_nothing(folder: Path, monkeypatch
                     looks.append(self.path.read_text())
                     looked.set()
 
+            async def seen(text: str) -> None:
+                await looked.until(lambda: looks[-1:] == [text])
+
             monkeypatch.setattr(KeyRing, "reload", reload)
             # The last one is too deep for the reader: whatever that raises, the bus must go on looking.
             for text in ("keys = nonsense", "[[keyz]]", "keys = " + "[" * 5000):
                 (folder / AUTHORIZED_FILE).write_text(text)
-                await looked.until(lambda text=text: looks[-1:] == [text])
+                await seen(text)
             session.send(CallMessage(id=1, body=Info()))
             await server.until(lambda it: it.messages)
             (folder / AUTHORIZED_FILE).write_text("")

@@ -166,13 +166,18 @@ def test_kernels_that_are_compiled_or_not(tmp_path: Path) -> None:
     }
     found = check_kernels(machine(tmp_path, files=compiled, nvcc=Ran(0)))
     assert [each.status for each in found] == ["ok", "ok", "ok"]
-    assert found[0].message == f"1 kernels of FlashInfer are compiled in {tmp_path}/home/.cache/flashinfer"
+    assert found[0].message == f"compiled modules of FlashInfer: 1, in {tmp_path}/home/.cache/flashinfer"
 
 
 def test_kernels_that_nothing_can_compile(tmp_path: Path) -> None:
     flashinfer, _triton = check_kernels(machine(tmp_path, files=GPU))
     assert flashinfer.message.endswith("and there is no nvcc to do it")
     assert "flashinfer-jit-cache" in flashinfer.advice
+    shipped = check_kernels(machine(tmp_path, files=GPU), installed=lambda _name: "0.6.12+cu130")[0]
+    assert (shipped.status, shipped.message.split(" come ")[1]) == (
+        "ok",
+        "compiled with flashinfer-jit-cache 0.6.12+cu130",
+    )
 
 
 # --- transports ----------------------------------------------------------------------------------------------------

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
+
+from microserve.runtime.api_keys import ApiKeys
 from microserve.runtime.keys import read_identity
 from microserve.runtime.zmq_bus import new_key_pair
 from microserve.tools import keys
 from microserve.tools.keys import main
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
@@ -53,6 +52,59 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["revoke", "nobody", *place]) == 1
     assert "'nobody' is not authorized" in capsys.readouterr().err
     assert main(["authorize", "x", "short", "--role", "client", *place]) == 2
+
+
+# --- keys for HTTP -------------------------------------------------------------------------------------------------
+
+
+def test_a_key_for_http_is_printed_once_on_standard_output_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--folder", str(tmp_path)]
+    assert main(["api", "new", "ann", "--scope", "serve", *place]) == 0
+    said = capsys.readouterr()
+    key = said.out.removesuffix("\n")
+    assert (key.count("\n"), key.startswith("ms_")) == (0, True)
+    secret = key.split("_", 2)[2]
+    assert secret not in said.err
+    found = ApiKeys(tmp_path / "api_keys.toml").check(key)
+    assert (found.name, found.scope) == ("ann", "serve")
+    for listing in (["api", "list"], ["api", "list", "--json"]):
+        assert main([*listing, *place]) == 0
+        shown = capsys.readouterr().out
+        assert "ann" in shown
+        assert secret not in shown
+        assert found.digest not in shown
+
+
+def test_keys_for_http_come_and_go_in_any_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--file", str(tmp_path / "some" / "where.toml")]
+    for name, scope in (("ann", "serve"), ("root", "admin")):
+        assert main(["api", "new", name, "--scope", scope, *place]) == 0
+    assert main(["api", "revoke", "ann", *place]) == 0
+    capsys.readouterr()
+    assert main(["api", "list", "--json", *place]) == 0
+    assert [(each["name"], each["scope"]) for each in json.loads(capsys.readouterr().out)] == [("root", "admin")]
+
+
+def test_what_is_wrong_with_keys_for_http_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--folder", str(tmp_path)]
+    for arguments, code, said in (
+        (["list"], 2, "api_keys.toml"),
+        (["revoke", "ann"], 2, "api_keys.toml"),
+        (["new", "a b", "--scope", "serve"], 2, "is not a name"),
+        (["new", "ann", "--scope", "serve"], 0, "ann"),
+        (["new", "ann", "--scope", "admin"], 2, "revoke it first"),
+        (["revoke", "bob"], 1, "'bob' has no API key"),
+    ):
+        assert main(["api", *arguments, *place]) == code, arguments
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+    for arguments in (["new", "x"], ["new", "x", "--scope", "root"], [], ["sing"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["api", *arguments])
+        assert caught.value.code == 2
 
 
 def test_the_folder_is_the_systems_for_root_and_ones_own_for_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from microserve.tools.checks.finding import note, ok, problem
+from microserve.tools.checks.software import installed_version
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from microserve.tools.checks.finding import Finding
     from microserve.tools.checks.machine import Machine
 
@@ -103,25 +106,31 @@ def check_torch(machine: Machine) -> list[Finding]:
     return findings
 
 
-def check_kernels(machine: Machine) -> list[Finding]:
+def check_kernels(machine: Machine, *, installed: Callable[[str], str | None] = installed_version) -> list[Finding]:
     """Whether the first start of an engine has compiled its kernels: ours, and the services'."""
     if not machine.gpus:
         return []
     environ = machine.environ
     flashinfer = Path(environ.get("FLASHINFER_WORKSPACE_BASE") or machine.home) / ".cache/flashinfer"
     triton = Path(environ.get("TRITON_CACHE_DIR") or machine.home / ".triton/cache")
-    findings = [_kernels("FlashInfer", [*flashinfer.glob("*/*/cached_ops/*/*.so")], flashinfer, machine)]
+    findings = [_kernels("FlashInfer", _modules(flashinfer), flashinfer, machine)]
+    if (version := installed("flashinfer-jit-cache")) is not None:
+        findings = [ok("kernels", f"FlashInfer's kernels come compiled with flashinfer-jit-cache {version}")]
     findings.append(_kernels("Triton", [*triton.glob("*/*.cubin")], triton, machine))
     service = machine.root / SERVICE_CACHE
     if service.is_dir():
-        compiled = [*service.glob(".cache/flashinfer/*/*/cached_ops/*/*.so")]
-        findings.append(_kernels("the services' FlashInfer", compiled, service, machine))
+        findings.append(_kernels("the services' FlashInfer", _modules(service / ".cache/flashinfer"), service, machine))
     return findings
+
+
+def _modules(folder: Path) -> list[Path]:
+    """FlashInfer's compiled modules: by version and architecture, or by architecture alone."""
+    return [*folder.glob("*/*/cached_ops/*/*.so"), *folder.glob("*/cached_ops/*/*.so")]
 
 
 def _kernels(whose: str, compiled: list[Path], folder: Path, machine: Machine) -> Finding:
     if compiled:
-        return ok("kernels", f"{len(compiled)} kernels of {whose} are compiled in {folder}")
+        return ok("kernels", f"compiled modules of {whose}: {len(compiled):,}, in {folder}")
     words = f"no kernel of {whose} is compiled in {folder}"
     if machine.find("nvcc") is None and not (machine.root / "usr/local/cuda/bin/nvcc").exists() and whose != "Triton":
         advice = "install the CUDA toolkit (nvcc), which compiles them, or the package flashinfer-jit-cache"
