@@ -35,6 +35,11 @@ MIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("migrated", {}),
     ("hedged", {}),
     ("wasteful", {}),
+    ("data_parallel", {}),
+    ("cache_aware", {}),
+    ("prefill_decode", {}),
+    ("balanced", {"ratio": 0.37}),
+    ("context_migration", {"min_tokens": 16}),
 )
 CHANGES_EVERY = 0.5
 _ADMISSION = 0.1
@@ -42,6 +47,8 @@ _ADMISSION = 0.1
 _MODEL = fake_model(EngineConfig(model="tokens-only", executor="fake"))
 _SET = 1_000_000
 """Ids of the calls that change the strategy begin here."""
+LONG_AGO = 10
+"""Tokens after which a request that is cancelled had been running for a while."""
 
 
 class Asked(NamedTuple):
@@ -62,12 +69,13 @@ def reference(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class Soak:
-    """So many requests, at most `in_flight` at once, of which a third is cancelled at some moment.
+    """So many requests, at most `in_flight` at once, of which a third is cancelled at some moment: half of those within
+    a fifth of `patience`, when KV still moves, the others within all of it.
 
     Make it, dial the router with `recorder`, `run`, then `check`.
     """
 
-    def __init__(self, count: int, *, in_flight: int, seed: int, longest: int = 600, patience: float = 0.12) -> None:
+    def __init__(self, count: int, *, in_flight: int, seed: int, longest: int = 600, patience: float = 0.6) -> None:
         self.random = random.Random(seed)
         self.recorder = Recorder(self._ended)
         self.asked: dict[int, Asked] = {}
@@ -115,7 +123,8 @@ class Soak:
         sampling = SamplingParams(max_tokens=asked.tokens, temperature=0, ignore_eos=True)
         self.recorder.call(id, Generate(prompt=pack_tokens(prompt), sampling=sampling))
         if draw.random() < 1 / 3:
-            asyncio.get_running_loop().call_later(draw.random() * self._patience, self._cancel, id)
+            patience = self._patience * draw.choice((0.2, 1.0))
+            asyncio.get_running_loop().call_later(draw.random() * patience, self._cancel, id)
 
     def _cancel(self, id: int) -> None:
         if not self.recorder.terminals[id]:
@@ -166,7 +175,12 @@ class Soak:
                 assert tokens == []
                 refused.append(error.message)
         assert len(refused) <= most_refused * self._count, refused[:10]
-        assert sum(bool(asked.cancelled) for asked in self.asked.values()) > self._count / 10
+        cancelled = [len(recorder.tokens[id]) for id, asked in self.asked.items() if asked.cancelled]
+        assert len(cancelled) > self._count / 10
+        # At the beginning, and long after it.
+        print(len(cancelled), sum(not t for t in cancelled), sum(t>LONG_AGO for t in cancelled), served, len(self.changes))
+        assert sum(not tokens for tokens in cancelled) > self._count / 50
+        assert sum(tokens > LONG_AGO for tokens in cancelled) > self._count / 100
         assert len(set(versions)) == len(MIX), "the run was over before every strategy had its turn"
         assert all(served[version] >= fewest for version in versions), served
 

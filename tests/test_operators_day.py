@@ -223,7 +223,9 @@ async def day(cluster: Cluster, folder: Path, api_key: str) -> None:
         await eve.close()
         await asyncio.to_thread(keys, folder, "api", "revoke", "app")
         async with asyncio.timeout(30):
-            while await http_answer(cluster, api_key) != 401:
+            while True:
+                if await http_answer(cluster, api_key) == 401:
+                    break
                 await asyncio.sleep(0.05)
         await traffic.more(STREAMS)
         log = await operator.types("events", "--json")

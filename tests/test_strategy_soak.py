@@ -57,7 +57,7 @@ def test_a_thousand_requests_of_processes() -> None:
         async with open_engines(cluster.endpoints()) as engines:
             bus = ZmqBus(Peer("client", "soak", new_epoch()))
             try:
-                soak = Soak(COUNT, in_flight=32, seed=1, patience=0.1)
+                soak = Soak(COUNT, in_flight=32, seed=1)
                 await bus.dial(cluster.router, soak.recorder)
                 await soak.run(60)
             finally:
