@@ -426,7 +426,8 @@ def test_a_process_serves_and_ends_with_0_on_sigterm() -> None:
             process.wait()
             await router.bus.close()
         assert process.returncode == 0
-        assert re.search(r"engine:e9@[0-9a-f]+ ready  endpoint=tcp://\S+ model=tokens-only executor=fake pages=8192", log)
+        ready = r"engine:e9@[0-9a-f]+ ready  endpoint=tcp://\S+ model=tokens-only executor=fake pages=8192"
+        assert re.search(ready, log)
         assert re.search(r"engine:e9@[0-9a-f]+ drained  finished=0 cut_off=0", log)
 
     asyncio.run(body())
