@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.cluster import Cluster, daemon_environ, state_of
-from textual.widgets import DataTable, Input, RichLog, Static
+from textual.widgets import Input, RichLog, Static
 
 from microserve.runtime.async_client import AsyncClient
 from microserve.runtime.errors import Cancelled
@@ -97,7 +97,7 @@ def test_the_fleet_with_its_links(cluster: Cluster, size: tuple[int, int]) -> No
             await it.until(lambda: "GB/s measured" in it.text("engine"), "the links of e0")
             assert "model tokens-only" in it.text("engine")
             assert "→ e1 ready" in it.text("engine")
-            titles = [str(column.label) for column in it.app.query_one("#engines", DataTable).ordered_columns]
+            titles = it.app.query_one("#engines", LiveTable).titles
             assert ("sent/s" in titles) == (size[0] > 100)
             await it.press("down")
             await it.until(lambda: "→ e0 ready" in it.text("engine"), "the links of e1")
@@ -398,6 +398,15 @@ def test_in_a_terminal(cluster: Cluster, terminal: Terminal) -> None:
     assert shown[0].startswith(" router r ")
     assert "5 Events" in shown[2]
     assert "q quit" in shown[23]
+    # What has changed is drawn, and nothing else: the terminal must have it, too.
+    terminal.press("d")
+    terminal.wait(lambda: any("Drain engine e0?" in line for line in terminal.screen()))
+    terminal.press("y")
+    terminal.wait(lambda: any("e0" in line and "draining" in line for line in terminal.screen()[3:6]))
+    terminal.press("u")
+    terminal.wait(lambda: any("e0" in line and "ready" in line for line in terminal.screen()[3:6]))
+    terminal.press("Down")
+    terminal.wait(lambda: any("→ e0 ready" in line for line in terminal.screen()))
     terminal.press("q")
     assert terminal.wait_code() == 0
 

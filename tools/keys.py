@@ -21,7 +21,16 @@ import msgspec
 
 from microserve.runtime.api_keys import API_KEYS_FILE, SCOPES, new_api_key, read_api_keys, revoke_api_key
 from microserve.runtime.errors import ConfigError
-from microserve.runtime.keys import AUTHORIZED_FILE, DAEMONS, ROLES, authorize, new_identity, read_authorized, revoke
+from microserve.runtime.keys import (
+    AUTHORIZED_FILE,
+    DAEMONS,
+    KEY_LENGTH,
+    ROLES,
+    authorize,
+    new_identity,
+    read_authorized,
+    revoke,
+)
 from microserve.runtime.zmq_bus import new_key_pair
 from microserve.tools.common import command_parser
 
@@ -32,7 +41,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_shielded(argv))
     folder: Path = arguments.folder or default_folder()
     try:
         match arguments.action:
@@ -54,6 +63,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"microserve keys: error: {error.message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _shielded(argv: Sequence[str]) -> list[str]:
+    """A public key may begin with a dash, and is no option then: it goes behind `--`."""
+    if argv[:1] != ["authorize"] or "--" in argv:
+        return list(argv)
+    keys = [
+        each
+        for each in argv
+        if each.startswith("-") and len(each) == KEY_LENGTH and not each.startswith(("--folder=", "--role="))
+    ]
+    return [each for each in argv if each not in keys] + (["--", *keys] if keys else [])
 
 
 def default_folder() -> Path:

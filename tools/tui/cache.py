@@ -34,6 +34,8 @@ _EVERY = 2.0
 _ENDS = 24
 """Tokens at either end of a prefix that are shown as text."""
 _TEXTS = 500
+_MOST_NAMES = 8
+"""Engines that are named beside each other."""
 
 
 class CachePane(Pane):
@@ -121,16 +123,22 @@ class CachePane(Pane):
         self._show_which()
 
     def _show_which(self) -> None:
-        present = self.engine
+        present, engines = self.engine, self._engines()
+        if present is None:
+            self._which.update("no engines")
+            return
+        name, load = present.info.engine_id, present.load
+        cached = f"   {load.cached_pages:,} of {load.total_pages:,} pages cached"
+        if len(engines) > _MOST_NAMES:
+            place = next(index for index, each in enumerate(engines, start=1) if each is present)
+            self._which.update(f"[reverse]{escape(name)}[/reverse] {place} of {len(engines)}{cached}")
+            return
         names = []
-        for each in self._engines():
-            name = each.info.engine_id
-            chosen = present is not None and present.info.engine_id == name
-            shown = f"[reverse]{escape(name)}[/reverse]" if chosen else escape(name)
-            names.append(f"[@click=app.show_cache({name!r})]{shown}[/]")
-        load = present.load if present is not None else None
-        cached = f"   {load.cached_pages:,} of {load.total_pages:,} pages cached" if load is not None else ""
-        self._which.update("  ".join(names) + cached if names else "no engines")
+        for each in engines:
+            shown = escape(each.info.engine_id)
+            shown = f"[reverse]{shown}[/reverse]" if each is present else shown
+            names.append(f"[@click=app.show_cache({each.info.engine_id!r})]{shown}[/]")
+        self._which.update("  ".join(names) + cached)
 
     def choose(self, engine_id: str) -> None:
         """Shows another engine's tree."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.text import Text
 from textual import on
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from microserve.runtime.errors import MicroserveError
 from microserve.tools.fleet_view import duration, percent
@@ -139,7 +139,7 @@ class FleetPane(Pane):
         }
         return [cells[name] for name in self._columns]
 
-    @on(DataTable.RowHighlighted)
+    @on(LiveTable.RowHighlighted)
     def _moved(self) -> None:
         self._info = None
         self._show_details()

@@ -1,90 +1,241 @@
-"""A table that follows changing data: only what differs is drawn again, and the cursor stays where it is."""
+"""A table that follows changing data: a line is drawn again only when what it says has changed.
+
+Drawn by itself and not a `DataTable`: that one draws every cell of every line that is seen when one of them changes,
+and measures whole columns, which is too much for a hundred engines each second.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
 from rich.text import Text
-from textual.widgets import DataTable
-from textual.widgets.data_table import ColumnKey, RowDoesNotExist
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
 
 from microserve.tools.common import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.style import Style
+    from textual import events
+
 Cell = str | Text
+"""Plain text, which others may have chosen, or our own in colours."""
 
 
-class LiveTable(DataTable[Cell]):
-    """Rows with keys, shown whole with `show`."""
+class LiveTable(ScrollView, can_focus=True):
+    """Rows with keys, shown whole with `show`; a cursor that stays with the row that it is on."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"live-table--header", "live-table--cursor"}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", show=False),
+        Binding("down", "move(1)", show=False),
+        Binding("pageup", "page(-1)", show=False),
+        Binding("pagedown", "page(1)", show=False),
+        Binding("home", "move_to(0)", show=False),
+        Binding("end", "move_to(-1)", show=False),
+        Binding("enter", "choose", show=False),
+    ]
+
+    @dataclass
+    class RowHighlighted(Message):
+        """The cursor is on another row, or on none."""
+
+        table: LiveTable
+        key: str | None
+
+        @property
+        def control(self) -> LiveTable:
+            return self.table
+
+    @dataclass
+    class RowSelected(Message):
+        """Enter, or a click on the row under the cursor."""
+
+        table: LiveTable
+        key: str
+
+        @property
+        def control(self) -> LiveTable:
+            return self.table
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id, cursor_type="row", zebra_stripes=False, cell_padding=1)
+        super().__init__(id=id)
         self._titles: tuple[str, ...] = ()
-        self._shown: dict[str, tuple[Cell, ...]] = {}
+        self._widths: list[int] = []
+        self._keys: list[str] = []
+        self._rows: dict[str, tuple[Cell, ...]] = {}
+        self._cursor = 0
 
     def set_columns(self, titles: Sequence[str]) -> None:
         """Other columns; the rows have to be shown again. A title that ends in ">" is of numbers, at the right."""
         if tuple(titles) == self._titles:
             return
-        self.clear(columns=True)
-        self._shown.clear()
         self._titles = tuple(titles)
-        for title in titles:
-            self.add_column(title.rstrip(">"), key=title)
+        self._keys, self._rows = [], {}
+        self._measure(self._rows)
+        self.refresh()
 
     def show(self, rows: Sequence[tuple[str, Sequence[Cell]]]) -> None:
         """These rows in this order. Keys are unique."""
-        wanted = {key: tuple(self._aligned(cells)) for key, cells in rows}
-        if list(wanted) == list(self._shown):
-            self._update(wanted)
-        else:
-            self._rebuild(wanted)
-        self._shown = wanted
+        selected, before = self.selected, self._rows
+        self._rows = wanted = {key: tuple(map(_cell, cells)) for key, cells in rows}
+        if list(wanted) == self._keys:
+            self._refresh_changed(before, wanted)
+            return
+        seen = self._sees(self._cursor)
+        self._keys = list(wanted)
+        self._measure(wanted)
+        row = self._keys.index(selected) if selected in wanted else self._cursor
+        self._cursor = max(0, min(row, len(self._keys) - 1))
+        self.refresh()
+        if seen:
+            self._reveal()
+        if self.selected != selected:
+            self.post_message(self.RowHighlighted(self, self.selected))
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    @property
+    def titles(self) -> list[str]:
+        """What is above the columns."""
+        return [title.rstrip(">") for title in self._titles]
+
+    @property
+    def row_count(self) -> int:
+        return len(self._keys)
+
+    def get_row_at(self, index: int) -> list[Cell]:
+        """The cells of a row."""
+        return list(self._rows[self._keys[index]])
 
     @property
     def selected(self) -> str | None:
         """The key of the row under the cursor."""
-        keys = list(self._shown)
-        return keys[self.cursor_row] if 0 <= self.cursor_row < len(keys) else None
+        return self._keys[self._cursor] if self._cursor < len(self._keys) else None
 
-    def select(self, key: str) -> None:
-        """Puts the cursor on a row, if it is there."""
-        try:
-            self.move_cursor(row=self.get_row_index(key), scroll=True)
-        except RowDoesNotExist:
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def render_line(self, y: int) -> Strip:
+        left, top = self.scroll_offset
+        width, base = self.size.width, self.rich_style
+        index = y - 1 + top
+        if y == 0:
+            style = base + self.get_component_rich_style("live-table--header")
+            cells: Sequence[Cell] = self.titles
+        elif index < len(self._keys) and self._keys[index] in self._rows:
+            under = index == self._cursor
+            style = base + self.get_component_rich_style("live-table--cursor") if under else base
+            cells = self._rows[self._keys[index]]
+        else:
+            return Strip.blank(width, base)
+        segments: list[Segment] = []
+        # What is under the cursor has its colours alone.
+        plain = style is not base
+        for title, room, cell in zip(self._titles, self._widths, cells, strict=True):
+            segments += self._draw(cell, room, style, right=title.endswith(">"), plain=plain)
+        return Strip(segments).crop_extend(left, left + width, style)
+
+    def _draw(self, cell: Cell, room: int, style: Style, *, right: bool, plain: bool) -> list[Segment]:
+        if isinstance(cell, Text) and not plain:
+            console = self.app.console
+            own = style + console.get_style(cell.style)
+            # Rich leaves the style of the whole to us where nothing in it has one of its own.
+            drawn = [
+                Segment(segment.text, style + segment.style if segment.style is not None else own)
+                for segment in cell.render(console)
+            ]
+            lacking = max(0, room - cell.cell_len)
+            return [Segment(" ", style), *drawn, Segment(" " * (lacking + 1), style)]
+        text = str(cell)
+        text = " " * (room - cell_len(text)) + text if right else set_cell_size(text, room)
+        return [Segment(f" {text} ", style)]
+
+    def _refresh_changed(self, before: dict[str, tuple[Cell, ...]], wanted: dict[str, tuple[Cell, ...]]) -> None:
+        """Draws the lines that are seen and say something else now. A column that has to grow moves all of them."""
+        changed = [index for index, (key, cells) in enumerate(wanted.items()) if cells != before[key]]
+        if self._grow([wanted[self._keys[index]] for index in changed]):
+            self.refresh()
             return
+        top, (width, height) = self.scroll_offset.y, self.size
+        lines = [index - top + 1 for index in changed]
+        seen = [Region(0, line, width, 1) for line in lines if 0 < line < height]
+        if seen:
+            self.refresh(*seen)
 
-    def _aligned(self, cells: Sequence[Cell]) -> list[Cell]:
-        # A plain string would be read as markup, and names that others chose are none.
-        return [
-            Text(visible(cell), justify="right" if title.endswith(">") else "left") if isinstance(cell, str) else cell
-            for title, cell in zip(self._titles, cells, strict=True)
-        ]
+    def _measure(self, rows: dict[str, tuple[Cell, ...]]) -> None:
+        self._widths = [len(title) for title in self.titles]
+        self._grow(list(rows.values()))
+        self._resize()
 
-    def _update(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
-        for key, cells in wanted.items():
-            before = self._shown[key]
-            if cells == before:
-                continue
-            for title, cell, old in zip(self._titles, cells, before, strict=True):
-                if cell != old:
-                    # Columns only grow: to shrink one the table would measure all of its cells, for each that changed.
-                    wider = _width(cell) > self.columns[ColumnKey(title)].content_width
-                    self.update_cell(key, title, cell, update_width=wider)
+    def _grow(self, rows: Sequence[tuple[Cell, ...]]) -> bool:
+        """Makes columns wide enough for these rows. While the same rows are shown they only grow, and do not jump."""
+        before = self._widths
+        wanted = [max(map(_width, column)) for column in zip(*rows, strict=True)] if rows else before
+        self._widths = list(map(max, wanted, before))
+        if self._widths == before:
+            return False
+        self._resize()
+        return True
 
-    def _rebuild(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
-        selected, row, scroll = self.selected, self.cursor_row, self.scroll_offset
-        self.clear()
-        for key, cells in wanted.items():
-            self.add_row(*cells, key=key)
-        if selected in wanted:
-            row = list(wanted).index(selected)
-        if wanted:
-            self.move_cursor(row=min(max(0, row), len(wanted) - 1), scroll=False)
-        self.scroll_to(scroll.x, scroll.y, animate=False)
+    def _resize(self) -> None:
+        size = Size(sum(self._widths) + 2 * len(self._widths), len(self._keys) + 1)
+        if size != self.virtual_size:
+            self.virtual_size = size
+
+    # --- the cursor --------------------------------------------------------------------------------------------------
+
+    def move_cursor(self, *, row: int) -> None:
+        """Puts the cursor on a row, and the row on the screen."""
+        row = max(0, min(row, len(self._keys) - 1))
+        if row != self._cursor:
+            self._cursor = row
+            self.refresh()
+            self.post_message(self.RowHighlighted(self, self.selected))
+        self._reveal()
+
+    def _sees(self, row: int) -> bool:
+        top = self.scroll_offset.y
+        return top <= row < top + self.size.height - 1
+
+    def _reveal(self) -> None:
+        if not self._sees(self._cursor):
+            below = self._cursor >= self.scroll_offset.y
+            self.scroll_to(y=self._cursor - (max(1, self.size.height - 1) - 1 if below else 0), animate=False)
+
+    def action_move(self, step: int) -> None:
+        self.move_cursor(row=self._cursor + step)
+
+    def action_page(self, step: int) -> None:
+        self.move_cursor(row=self._cursor + step * max(1, self.size.height - 2))
+
+    def action_move_to(self, index: int) -> None:
+        self.move_cursor(row=index if index >= 0 else len(self._keys) - 1)
+
+    def action_choose(self) -> None:
+        if self.selected is not None:
+            self.post_message(self.RowSelected(self, self.selected))
+
+    def on_click(self, event: events.Click) -> None:
+        index = event.y - 1 + self.scroll_offset.y
+        if event.y == 0 or index >= len(self._keys):
+            return
+        if index == self._cursor:
+            self.action_choose()
+        else:
+            self.move_cursor(row=index)
+
+
+def _cell(cell: Cell) -> Cell:
+    return visible(cell) if isinstance(cell, str) and not cell.isprintable() else cell
 
 
 def _width(cell: Cell) -> int:
-    return cell.cell_len if isinstance(cell, Text) else len(cell)
+    return cell.cell_len if isinstance(cell, Text) else cell_len(cell)

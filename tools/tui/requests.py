@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.text import Text
 from textual import on
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from microserve.tools.common import visible
 from microserve.tools.tui.live_table import LiveTable
@@ -85,7 +85,7 @@ class RequestsPane(Pane):
         key = self._table.selected
         return self._listed().get(key) if key is not None else None
 
-    @on(DataTable.RowHighlighted)
+    @on(LiveTable.RowHighlighted)
     def _show_timeline(self) -> None:
         request = self.selected
         if request is None:

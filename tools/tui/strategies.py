@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.text import Text
 from textual import on, work
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from microserve.tools.tui.dialogs import EditStrategy
 from microserve.tools.tui.live_table import LiveTable
@@ -103,7 +103,7 @@ class StrategiesPane(Pane):
 
     # --- actions -----------------------------------------------------------------------------------------------------
 
-    @on(DataTable.RowSelected, "#choices")
+    @on(LiveTable.RowSelected, "#choices")
     def action_edit(self) -> None:
         self._edit()
 
