@@ -41,7 +41,8 @@ DAEMONS = frozenset({"engine", "router"})
 FLEET_FILE = "fleet.key"
 AUTHORIZED_FILE = "authorized.toml"
 
-_Z85_KEY = 40
+KEY_LENGTH = 40
+"""Characters of a key, public or secret, in Z85."""
 
 S = TypeVar("S", bound=Struct)
 
@@ -255,8 +256,10 @@ def new_identity(folder: Path, name: str, role: str, pair: Callable[[], KeyPair]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         known = read_authorized(authorized) if authorized.exists() else []
-        if path.exists() or any(each.name == name for each in known):
+        if any(each.name == name for each in known):
             raise ConfigError(f"{name!r} has a key in {folder} already; revoke it first")
+        if path.exists():
+            raise ConfigError(f"{name!r} is not authorized, but {path} is there still; remove it first")
         fleet_file = folder / FLEET_FILE
         if not fleet_file.exists():
             public, secret = pair()
@@ -341,8 +344,8 @@ def parse_keys(path: Path, cls: type[S]) -> S:
 
 def _check_keys(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
-        if len(key) != _Z85_KEY:
-            raise ConfigError(f"{path}: a key has {_Z85_KEY} characters, one there has {len(key)}")
+        if len(key) != KEY_LENGTH:
+            raise ConfigError(f"{path}: a key has {KEY_LENGTH} characters, one there has {len(key)}")
 
 
 def check_writers(path: Path) -> None:

@@ -494,6 +494,11 @@ def test_a_daemon_without_the_fleets_secret_is_refused(folder: Path) -> None:
 def test_names_and_roles_are_checked(folder: Path) -> None:
     with pytest.raises(ConfigError, match="has a key"):
         new_identity(folder, "me", "client", new_key_pair)
+    assert revoke(folder, "me")
+    with pytest.raises(ConfigError, match=r"me\.key is there still; remove it first"):
+        new_identity(folder, "me", "client", new_key_pair)
+    (folder / "me.key").unlink()
+    new_identity(folder, "me", "client", new_key_pair)
     with pytest.raises(ConfigError, match="is not a name"):
         new_identity(folder, "../me", "client", new_key_pair)
     with pytest.raises(ConfigError, match="role 'king'"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from microserve.runtime.api_keys import ApiKeys
-from microserve.runtime.keys import read_identity
+from microserve.runtime.keys import read_authorized, read_identity
 from microserve.runtime.zmq_bus import new_key_pair
 from microserve.tools import keys
 from microserve.tools.keys import main
@@ -33,6 +33,20 @@ def test_new_list_authorize_revoke(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["revoke", "me", *place]) == 0
     assert listed(folder, capsys) == [("router-0", "router"), ("guest", "admin")]
     assert (folder / "me.key").exists()
+
+
+@pytest.mark.parametrize("folder", ["keys", "k" * 31, "=" * 20])
+def test_a_public_key_may_look_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """One in 85 does."""
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir()
+    found: list[tuple[str, str]] = []
+    for public in ("-" + "a" * 39, "--" + "b=" * 19, "-" + "=" * 39):
+        for place in ([f"--folder={folder}"], ["--folder", folder]):
+            name = f"guest-{len(found)}"
+            assert main(["authorize", name, public, "--role", "client", *place]) == 0
+            found.append((name, public))
+    assert [(each.name, each.public) for each in read_authorized(Path(folder) / "authorized.toml")] == found
 
 
 def test_people_see_names_and_public_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
