@@ -102,6 +102,8 @@ def main(argv: Sequence[str]) -> int:
         if live and places.system and not arguments.remove:
             # The daemons read it, and nobody else: keys may stand in it.
             work.run(["chgrp", "-R", USER, str(places.config)])
+            # What root writes into it later belongs to who owns it: see `runtime.keys.replace_file`.
+            work.run(["install", "-d", "-m", "700", "-o", USER, "-g", USER, str(places.config / "keys")])
         if live and work.units_changed:
             work.run(["systemctl", *([] if places.system else ["--user"]), "daemon-reload"])
     except OSError as error:
