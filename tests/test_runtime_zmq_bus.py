@@ -41,6 +41,7 @@ from microserve.runtime.messages import (
 )
 from microserve.runtime.rpc import IncomingCall, RpcServer, connect
 from microserve.runtime.zmq_bus import ZmqBus
+from microserve.runtime.zmq_bus.sockets import Port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -481,6 +482,7 @@ _CHILD = """
 import asyncio, sys
 from microserve.runtime.ids import Peer
 from microserve.runtime.zmq_bus import ZmqBus
+from microserve.runtime.zmq_bus.sockets import Port
 
 class Quiet:
     def opened(self, session): print("opened", flush=True)
@@ -560,5 +562,22 @@ def test_a_stopped_process_is_given_up_and_learns_of_it_when_it_wakes() -> None:
                 assert "nothing heard" in mine.losses[0][1].message
                 child.process.send_signal(signal.SIGCONT)
                 assert "you fell silent" in await child.line()
+
+    asyncio.run(main())
+
+
+def test_a_socket_that_is_left_open_does_not_keep_the_context_from_ending() -> None:
+    async def main() -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+
+        def take() -> None:
+            socket.recv(zmq.NOBLOCK)
+
+        port = Port(socket, take)
+        async with asyncio.timeout(10):
+            await asyncio.to_thread(context.term)
+        assert port.closed
+        assert socket.closed
 
     asyncio.run(main())

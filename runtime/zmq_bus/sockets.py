@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from microserve.runtime.errors import ConfigError
+from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.runtime.session import LiveSession
+
+_log = get_logger(__name__)
 
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
@@ -87,6 +90,8 @@ class Port:
             self._take()
         except zmq.Again:
             self._touched = True
+        except zmq.ContextTerminated:
+            self._left_behind()
         finally:
             self._reading = False
         if self._touched or self.blocked:
@@ -111,10 +116,17 @@ class Port:
                     break
             else:
                 self._flush()
+        except zmq.ContextTerminated:
+            self._left_behind()
         finally:
             self._reading = False
             if not exhausted:
                 self._schedule()
+
+    def _left_behind(self) -> None:
+        """The context ends, and waits for every socket of it: one that nobody has closed closes itself."""
+        _log.warning("a socket was left open when the bus closed", every=1.0)
+        self.close()
 
     def _flush(self) -> bool:
         """Moves blocked frames; returns whether any moved (then the socket must be looked at again)."""
