@@ -231,13 +231,16 @@ class EngineCore:
         for each in arrivals:
             self.receiving.arrived(each.epoch, each.lease, each.claim, each.first_page, each.count, now)
 
-    def statistics(self) -> StatsReply:
+    def statistics(self, *, deep: bool = True) -> StatsReply:
         """Runs in the step thread, at a step boundary."""
         values = self.scheduler.statistics() | self.receiving.statistics()
         values |= {f"cache_{name}": float(value) for name, value in asdict(self.cache.statistics()).items()}
+        since = self.receiving.leases.quarantined_since()
+        # By the clock: an idle step thread has not looked at it for a while.
+        values["lease_quarantine_seconds"] = 0.0 if since is None else max(0.0, self._clock() - since)
         if self.transfers is not None:
             values |= self.transfers.statistics()
-        deep = self.cache.total_pages <= _DEEP_CHECK
+        deep = deep and self.cache.total_pages <= _DEEP_CHECK
         try:
             self.scheduler.check_integrity(deep=deep)
             self.receiving.check_integrity(deep=deep)

@@ -22,7 +22,7 @@ from microserve.runtime.clock import monotonic
 from microserve.runtime.config import EngineConfig, config_from_args, default_process_id
 from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError
 from microserve.runtime.ids import Peer, new_epoch
-from microserve.runtime.keys import check_exposed, identity_name, load_security
+from microserve.runtime.keys import check_exposed, identity_name, is_loopback, load_security
 from microserve.runtime.log import get_logger, setup_logging
 from microserve.runtime.membership import Announcer
 from microserve.runtime.messages import EngineEvent, EngineInfo
@@ -101,9 +101,11 @@ async def serve(
     security = load_security(config.key_file)
     exposed = [("bind", config.bind), ("events_bind", config.events_bind)]
     check_exposed(exposed, secured=security is not None, insecure=config.insecure)
-    # No keys guard metrics.
-    metrics_at = [] if config.metrics_port is None else [("metrics_host", config.metrics_host)]
-    check_exposed(metrics_at, secured=False, insecure=config.insecure)
+    if config.metrics_port is not None and not config.insecure and not is_loopback(config.metrics_host):
+        raise ConfigError(
+            f"metrics_host = {config.metrics_host!r} can be reached from other machines, and no keys guard /metrics: "
+            "read it on this machine, or say --insecure (the bus keeps asking for keys where key_file is set)"
+        )
     opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle)
     if opened is None:
         return
@@ -292,7 +294,7 @@ class Engine:
             if not answer.done():
                 answer.set_result(stats)
 
-        core.steps.ask(core.statistics, answered)
+        core.steps.ask(partial(core.statistics, deep=False), answered)
         stats = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STATS_LIMIT):

@@ -120,7 +120,11 @@ class EngineCollector(Collector):
         yield _plain("integrity", "1 while the accounting of pages is whole.", float(stats.integrity == "ok"))
 
     def _transfers(self) -> Iterator[Metric]:
-        load, links = self._now.load, self._now.links
+        load = self._now.load
+        # By name, in order of epoch: of a peer that has started anew, the newest incarnation counts. Two samples of
+        # one name and the same labels would be no valid scrape.
+        newest = {link.engine_id: link for link in sorted(self._now.links, key=lambda each: each.epoch)}
+        links = sorted(newest.values(), key=lambda each: each.engine_id)
         yield CounterMetricFamily(PREFIX + "sent_bytes", "KV pushed to other engines.", value=load.sent_bytes)
         yield CounterMetricFamily(PREFIX + "received_bytes", "KV that arrived.", value=load.received_bytes)
         yield CounterMetricFamily(PREFIX + "push_failures", "Pushes that failed.", value=load.push_failures)

@@ -147,7 +147,8 @@ class StepLoop:
 
     def _step(self) -> bool:
         scheduler = self._scheduler
-        plan = scheduler.schedule(self._clock())
+        began = self._clock()
+        plan = scheduler.schedule(began)
         if plan is not None:
             try:
                 self._executor.launch(plan)
@@ -163,7 +164,9 @@ class StepLoop:
             except Exception as error:  # as above
                 self._failed(step, error)
             else:
-                scheduler.complete(result, self._clock())
+                ended = self._clock()
+                scheduler.complete(result, ended)
+                self._metrics.step_ended(ended - began)
             return True
         return plan is not None
 
@@ -186,12 +189,10 @@ class StepLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                began = self._turn_began = self._clock()
+                self._turn_began = self._clock()
                 stepped = self.turn()
                 self._turn_began = None
-                if stepped:
-                    self._metrics.step_ended(self._clock() - began)
-                else:
+                if not stepped:
                     self._wait()
         except BaseException as error:
             # A bug in the loop itself: its state cannot be trusted any more, so the process has to end.

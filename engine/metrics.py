@@ -15,8 +15,8 @@ _TOKENS = (1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 81
 
 
 class EngineMetrics:
-    """Counts what happens. `call_ended`, `first_token` and `event` are for the event loop, the rest for the step
-    thread; each figure has one writer."""
+    """Counts what happens. `call_ended`, `refused`, `first_token` and `event` are for the event loop, the rest for the
+    step thread; each figure has one writer."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Series] = {}
@@ -29,6 +29,10 @@ class EngineMetrics:
         self.step_seconds = Series(FAST)
         self.step_sequences = Series(_BATCHES)
         self.step_prompt_tokens = Series(_TOKENS)
+
+    def refused(self, message: str, outcome: str) -> None:
+        """A sub-request was refused before it began: it has no duration, and would hide that of those that have."""
+        self.outcomes[_snake(message), outcome] += 1
 
     def call_ended(self, message: str, outcome: str, seconds: float) -> None:
         """A sub-request has got its terminal answer. `message` is the name of its class, as in `StartGenerate`."""
@@ -61,7 +65,7 @@ class EngineMetrics:
             self.step_prompt_tokens.observe(prompt_tokens)
 
     def step_ended(self, seconds: float) -> None:
-        """A turn of the step thread with a step in it took so long."""
+        """A step is done. With two under way, this is the time from one to the next while there are more."""
         self.step_seconds.observe(seconds)
 
 

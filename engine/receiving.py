@@ -374,8 +374,6 @@ class Receiving:
     def statistics(self) -> dict[str, float]:
         """Counters and gauges by name."""
         values = {f"lease_{name}": value for name, value in self.leases.statistics().items()}
-        since = self.leases.quarantined_since()
-        values["lease_quarantine_seconds"] = 0.0 if since is None else max(0.0, self.now - since)
         return values | {"lease_preparing": float(len(self._preparing)), "lease_waiting": float(len(self._waiting))}
 
     def check_integrity(self, *, deep: bool = True) -> None:

@@ -209,9 +209,9 @@ class Request:
         """Positions whose KV has been launched: where the next slice starts."""
         self.computed = 0
         """Positions whose KV exists: their steps have retired."""
-        self.insert_at = NEVER
         self.entered: float | None = None
         """When the scheduler took it, until its first step."""
+        self.insert_at = NEVER
         """`computed` at which complete pages enter the prefix tree."""
         self.introduced = False
         """Whether the executor has been told of this sequence."""

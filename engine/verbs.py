@@ -169,7 +169,7 @@ class EngineVerbs:
         except MicroserveError as error:
             request, sub = getattr(call.body, "request_id", ""), getattr(call.body, "sub_id", "")
             tell_failed(type(call.body).__name__, request, sub, call.session, error)
-            self._metrics.call_ended(type(call.body).__name__, error.code, 0.0)
+            self._metrics.refused(type(call.body).__name__, error.code)
             raise
 
     def _handle(self, call: IncomingCall) -> None:

@@ -104,8 +104,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        raise ConfigError(f"metrics_host: {host!r} is not an address: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # names that are none are refused in both ways
+        why = error.strerror if isinstance(error, OSError) else "it is no name of a host"
+        raise ConfigError(f"metrics_host: {host!r} is not an address: {why}") from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

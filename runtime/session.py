@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 PING_EVERY = 5.0
 """Seconds between pings of a busy session."""
+_MOST_PINGS = 64
+"""Without an answer that are remembered."""
 
 _log = get_logger(__name__)
 
@@ -107,7 +109,7 @@ class LiveSession:
         "_heard_at",
         "_on_greeted",
         "_pinged_at",
-        "_pinging",
+        "_pings",
         "_queue",
         "_queued_bytes",
         "_received",
@@ -151,7 +153,8 @@ class LiveSession:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._heard_at = self._sent_at = self._pinged_at = self._clock()
-        self._pinging = False
+        self._pings: deque[float] = deque(maxlen=_MOST_PINGS)
+        """When those were sent that have no answer yet; a session keeps their order."""
         self.round_trip: float | None = None
         """Seconds from the last answered ping to its answer; None until then."""
 
@@ -320,9 +323,8 @@ class LiveSession:
         elif isinstance(message, Bye):
             self.end(PeerLost(f"{self.peer} ended the session: {message.reason or 'goodbye'}"))
         elif isinstance(message, Pong):
-            if self._pinging:
-                self._pinging = False
-                self.round_trip = self._clock() - self._pinged_at
+            if self._pings:
+                self.round_trip = self._clock() - self._pings.popleft()
         else:
             self._complain(ProtocolError(f"{type(message).__name__.lower()} has no place in an open session"))
 
@@ -399,7 +401,7 @@ class LiveSession:
         if self._queue:
             self.flush()
         if not self._queue and self._state is SessionState.OPEN:
-            self._pinging = True
+            self._pings.append(self._pinged_at)
             self._try_post(Ping())
 
     # --- ending ---

@@ -134,6 +134,30 @@ def test_engines_and_bus_are_read_when_scraped() -> None:
     run_virtual(main())
 
 
+def test_shares_events_and_the_wait_for_a_place() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.finish(8)
+            await read(generation)
+            labels = {"model": "m", "strategy": generation.strategy_version}
+            assert world.metric("queue_seconds_count", **labels) == 1
+            assert world.metric("strategy_share", model="*", strategy=generation.strategy_version) == 1
+            world.core.versions.set("prefill_decode", {"min_remote": 0}, share=0.25)
+            shares = [
+                world.metric("strategy_share", model="*", strategy=each.version)
+                for each in world.core.versions.serving()
+            ]
+            assert shares == [0.75, 0.25]
+            joined = world.metric("events_total", kind="joined")
+            await world.add("b")
+            assert (joined, world.metric("events_total", kind="joined")) == (1, 2)
+
+    run_virtual(main())
+
+
 def test_sub_requests_are_counted_by_verb_and_outcome() -> None:
     async def main() -> None:
         async with World(prefill_decode.configure({"min_remote": 0})) as world:

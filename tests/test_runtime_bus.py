@@ -425,6 +425,21 @@ def test_an_idle_session_lives_by_heartbeats() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("seconds", [0.25, 1.25, 2.0])
+def test_a_round_trip_is_that_of_its_own_ping(seconds: float) -> None:
+    async def main() -> None:
+        pair = Pair()
+        session = await pair.open()
+        assert session.round_trip is None
+        # Longer than the time between two pings, too.
+        pair.network.delay(ROUTER, ENGINE, seconds)
+        await pair.network.advance(12)
+        assert session.round_trip == pytest.approx(seconds, abs=0.11)
+        await pair.close()
+
+    asyncio.run(main())
+
+
 def test_silence_ends_the_session_on_both_sides_after_three_seconds() -> None:
     async def main() -> None:
         pair = Pair()
