@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_name(),
         "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         **packages,
     }
@@ -155,27 +155,31 @@ class Benchmark:
         shown = sample.scaled(scale)
         row = Row(name, shown.median, shown.low, shown.high, unit, limit, note)
         self.rows.append(row)
-        print(f"  {row.name}: {_number(row.median)} {unit}", file=sys.stderr, flush=True)
+        print(f"  {row.name}: {number(row.median)} {unit}", file=sys.stderr, flush=True)
         return row
 
-    def finish(self, args: argparse.Namespace) -> None:
-        """Prints the environment and the table as Markdown, and writes the JSON that `--json` asked for."""
+    def finish(self, args: argparse.Namespace, *, table: bool = True) -> None:
+        """Prints the environment and the table as Markdown, and writes the JSON that `--json` asked for.
+
+        Without `table`, the subject prints its own.
+        """
         where = environment()
         print(f"\n## {self.subject}: {self.description}\n")
         print(" · ".join(f"{key} {value}" for key, value in where.items()))
         print(f"{args.repeat} runs after {args.warmup} warm-up\n")
-        print("| figure | median | low–high | unit | held against | note |")
-        print("|---|---:|---:|---|---|---|")
-        for row in self.rows:
-            spread = f"{_number(row.low)}–{_number(row.high)}"
-            print(f"| {row.name} | {_number(row.median)} | {spread} | {row.unit} | {row.limit} | {row.note} |")
+        if table:
+            print("| figure | median | low–high | unit | held against | note |")
+            print("|---|---:|---:|---|---|---|")
+            for row in self.rows:
+                spread = f"{number(row.low)}–{number(row.high)}"
+                print(f"| {row.name} | {number(row.median)} | {spread} | {row.unit} | {row.limit} | {row.note} |")
         if args.json is not None:
             payload = {"subject": self.subject, "environment": where, "rows": [asdict(row) for row in self.rows]}
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(payload, indent=1) + "\n")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, without an exponent for the sizes that benchmarks have."""
     if value == 0:
         return "0"

@@ -7,7 +7,8 @@ one page, which the sender has in its prefix tree, and one token. A caller in th
 
 Beside it, in the same run and taking turns with it: as many round trips to a bare pyzmq echo in another process as this
 takes one after the other. They are four: prep_recv; remote_send, within it the claim from engine to engine; and the
-token, which comes back when the pages have arrived.
+token, which comes back when the pages have arrived. And, taking turns with both, the same three calls one after the
+other, each timed by itself and held against its own round trips.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import itertools
 import multiprocessing
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +44,7 @@ from microserve.runtime.messages import (
 from microserve.runtime.rpc import RpcClient, connect
 from microserve.runtime.zmq_bus import ZmqBus
 from perf.bus import echo, serve_echo
-from perf.harness import Benchmark, interleave, ratio
+from perf.harness import Benchmark, Sample, interleave, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     from microserve.runtime.codec import TokenArray
 
 PAGE = 16
-ROUND_TRIPS = 4
+VERBS = {"prep_recv": 1, "remote_send": 2, "start_generate": 1}
+"""The round trips of each: those of `remote_send` are its own and that of its claim."""
+ROUND_TRIPS = sum(VERBS.values())
 _FAKE = (
     *("--executor", "fake", "--model", "tokens-only", "--fake-total-pages", "32768"),
     *("--fake-decode-base-us", "0", "--fake-prefill-us-per-token", "0", "--fake-decode-us-per-sequence", "0"),
@@ -95,6 +99,32 @@ class Caller:
             report = sending.reply
             if not isinstance(report, SendReport) or report.reused != PAGE or done.received_tokens != PAGE:
                 raise SystemExit(f"the page was not sent from the sender's cache: {report}, {done}")
+
+    async def one_by_one(self, prompts: list[TokenArray]) -> dict[str, float]:
+        """The same, but nothing overlaps. Seconds in each verb."""
+        spent = dict.fromkeys(VERBS, 0.0)
+        for prompt in prompts:
+            data = pack_tokens(prompt)
+            began = perf_counter()
+            prepared = await self._receiver.call(PrepRecv(**self._names(), prompt=data, end=PAGE, expect_tokens=1))
+            ready = perf_counter()
+            if not isinstance(prepared, Prepared) or prepared.address.matched:
+                raise SystemExit(f"prep_recv answered {prepared}")
+            address = prepared.address
+            report = await self._sender.call(
+                RemoteSend(**self._names(), prompt=data, address=address, begin=0, end=PAGE)
+            )
+            sent = perf_counter()
+            done = await self._token(
+                self._receiver,
+                StartGenerate(**self._names(), prompt=data, begin=PAGE, lease=address.lease, sampling=_ONE),
+            )
+            ended = perf_counter()
+            if not isinstance(report, SendReport) or report.reused != PAGE or done.received_tokens != PAGE:
+                raise SystemExit(f"the page was not sent from the sender's cache: {report}, {done}")
+            for verb, seconds in zip(VERBS, (ready - began, sent - ready, ended - sent), strict=True):
+                spent[verb] += seconds
+        return spent
 
     async def local(self, prompts: list[TokenArray]) -> None:
         """The sender itself generates one token."""
@@ -141,7 +171,7 @@ def main() -> None:
         args.calls, args.repeat, args.warmup = 10, 3, 1
 
     pipe, end = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve_echo, args=(end,))
+    server = multiprocessing.get_context("spawn").Process(target=serve_echo, args=(end,), daemon=True)
     server.start()
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -152,10 +182,11 @@ def main() -> None:
         caller = Caller(clients["e0"], clients["e1"])
         fresh = _prompts(0)
         runs = args.warmup + args.repeat
-        prompts = [[next(fresh) for _ in range(args.calls)] for _ in range(runs)]
-        for each in prompts:
+        prompts, others = ([[next(fresh) for _ in range(args.calls)] for _ in range(runs)] for _ in range(2))
+        for each in prompts + others:
             runner.run(caller.warm(each))
-        moved, stayed = iter(prompts), iter(prompts)
+        moved, stayed, single = iter(prompts), iter(prompts), iter(others)
+        spent: list[dict[str, float]] = []
         body = StartGenerate(request_id="r1000", sub_id="s1000", prompt=bytes(4 * (PAGE + 1)), sampling=_ONE)
         size = HEADER_BYTES + len(encode(Call(id=100, body=body)))
         request = size.to_bytes(2, "little") + bytes(size - 2)
@@ -164,6 +195,7 @@ def main() -> None:
                 "echo": partial(echo, socket, request, ROUND_TRIPS * args.calls),
                 "local": lambda: runner.run(caller.local(next(stayed))),
                 "moved": lambda: runner.run(caller.disaggregated(next(moved))),
+                "one by one": lambda: spent.append(runner.run(caller.one_by_one(next(single)))),
             },
             warmup=args.warmup,
             repeat=args.repeat,
@@ -177,10 +209,16 @@ def main() -> None:
     note = f"{size} bytes each way"
     bench.row(f"{ROUND_TRIPS} bare round trips", samples["echo"], unit="µs", scale=scale, note=note)
     bench.row("start_generate alone", samples["local"], unit="µs", scale=scale, note="one engine, its page cached")
-    name = "prep_recv + remote_send + start_generate"
-    note = "one page from the sender's cache, one token"
-    bench.row(name, samples["moved"], unit="µs", scale=scale, note=note)
-    bench.row(f"{name} / bare", ratio(samples["moved"], samples["echo"]), unit="x")
+    name, bare = "prep_recv + remote_send + start_generate", f"{ROUND_TRIPS} bare round trips"
+    note = "one page from the sender's cache, one token; the last two at once"
+    bench.row(name, samples["moved"], unit="µs", scale=scale, limit=bare, note=note)
+    bench.row(f"{name} / bare", ratio(samples["moved"], samples["echo"]), unit="x", limit=bare)
+    for verb, trips in VERBS.items():
+        sample = Sample(tuple(each[verb] for each in spent[args.warmup :]))
+        limit = f"{trips} bare round trip{'s' if trips > 1 else ''}"
+        bench.row(f"{verb}, one after the other", sample, unit="µs", scale=scale, limit=limit)
+        echo_share = samples["echo"].scaled(trips / ROUND_TRIPS)
+        bench.row(f"{verb}, one after the other / bare", ratio(sample, echo_share), unit="x", limit=limit)
     bench.finish(args)
 
 

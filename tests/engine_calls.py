@@ -185,14 +185,15 @@ class Engines(dict[str, EngineCalls]):
 
 
 @asynccontextmanager
-async def open_engines(endpoints: dict[str, str]) -> AsyncIterator[Engines]:
-    """Sessions to engines by name, as a router has them, once the engines have met."""
+async def open_engines(endpoints: dict[str, str], *, met: bool = True) -> AsyncIterator[Engines]:
+    """Sessions to engines by name, as a router has them, once the engines have `met`."""
     bus = ZmqBus(Peer("router", "test", new_epoch()))
     try:
         engines = Engines(bus)
         for name, endpoint in endpoints.items():
             await engines.connect(name, endpoint)
-        await engines.until_met()
+        if met:
+            await engines.until_met()
         yield engines
     finally:
         await bus.close()

@@ -82,13 +82,14 @@ class FleetEngine:
         self.pages = options.pop("pages", 64)
         page_size = options.pop("page_size", PAGE)
         depth = options.pop("depth", 1)
+        served = msgspec.structs.replace(model(), revision=options.pop("revision", "1"))
         fake = FakeConfig(prefill_us_per_token=0, decode_base_us=0, decode_us_per_sequence=0, vocab_size=50)
         settings: dict[str, Any] = {"model": "m", "executor": "fake", "fake": fake, "max_running": 8, "step_tokens": 16}
         self.config = EngineConfig(**(settings | options))
         self.pid = next(fleet.pids)
         self.executor = FlakyExecutor(
             fake,
-            model(),
+            served,
             page_size=page_size,
             total_pages=self.pages,
             depth=depth,

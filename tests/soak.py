@@ -178,7 +178,6 @@ class Soak:
         cancelled = [len(recorder.tokens[id]) for id, asked in self.asked.items() if asked.cancelled]
         assert len(cancelled) > self._count / 10
         # At the beginning, and long after it.
-        print(len(cancelled), sum(not t for t in cancelled), sum(t>LONG_AGO for t in cancelled), served, len(self.changes))
         assert sum(not tokens for tokens in cancelled) > self._count / 50
         assert sum(tokens > LONG_AGO for tokens in cancelled) > self._count / 100
         assert len(set(versions)) == len(MIX), "the run was over before every strategy had its turn"

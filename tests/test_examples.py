@@ -98,7 +98,7 @@ DISAGGREGATED = ["d prep_recv", "p remote_send", "d start_generate"]
         ("cached_disaggregation", ["d cache_match", *DISAGGREGATED]),
         ("moved_context", ["p start_generate"]),
         ("split_prefill", ["d prep_recv", "p remote_send", "q remote_send", "d start_generate"]),
-        ("hedged_prefill", DISAGGREGATED),
+        ("fallback_prefill", DISAGGREGATED),
         ("prefill_decode", DISAGGREGATED),
         ("balanced", DISAGGREGATED),
     ],
@@ -165,7 +165,7 @@ def test_a_context_moves_ahead_of_its_next_turn() -> None:
 
 def test_a_second_sender_steps_in_for_one_that_is_gone() -> None:
     async def main() -> None:
-        async with deployment(ALL["hedged_prefill"]) as world:
+        async with deployment(ALL["fallback_prefill"]) as world:
             generation = world.core.generate(
                 GenerationSpec(
                     "r", "", np.array(prompt_of(1000), np.int32), SamplingParams(max_tokens=4, temperature=0)

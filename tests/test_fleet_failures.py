@@ -276,28 +276,36 @@ def test_a_stale_claim_is_refused_by_the_new_process_itself() -> None:
     run_fleet(work)
 
 
-def test_a_router_dies_between_prep_recv_and_remote_send() -> None:
+SILENT = [False, True]
+"""Whether it goes without a word, as a process that was stopped, or a machine without power; else connections break."""
+HEARD = {False: 1.0, True: 6.0}
+"""Seconds after which that is noticed at the latest; sessions are silent for three."""
+
+
+@pytest.mark.parametrize("silently", SILENT)
+def test_a_router_dies_between_prep_recv_and_remote_send(silently: bool) -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines
         kv = await fleet.prep_recv(b, LONG, router="dying")
         assert b.leased() > 0
-        fleet.network.kill(Peer("router", "dying", 1))
-        await fleet.until(lambda: not b.leased(), limit=1.0)
+        fleet.network.kill(Peer("router", "dying", 1), silently=silently)
+        await fleet.until(lambda: not b.leased(), limit=HEARD[silently])
         # Another router that had the address finds nothing to write to.
         await raises(LeaseNotFound, fleet.remote_send(a, LONG, kv))
 
     run_fleet(work)
 
 
-def test_a_router_dies_while_everything_runs() -> None:
+@pytest.mark.parametrize("silently", SILENT)
+def test_a_router_dies_while_everything_runs(silently: bool) -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines
         fleet.hub.hold()
         kv = await fleet.prep_recv(b, LONG, end=-1, router="dying")
         work = [fleet.sending(a, LONG, kv, router="dying"), fleet.generating(b, LONG, kv=kv, router="dying")]
         await fleet.until(lambda: any(send.pushing for send in a.core.sends._live))
-        fleet.network.kill(Peer("router", "dying", 1))
-        await fleet.until(lambda: not a.core.verbs._live and not b.core.verbs._live, limit=1.0)
+        fleet.network.kill(Peer("router", "dying", 1), silently=silently)
+        await fleet.until(lambda: not a.core.verbs._live and not b.core.verbs._live, limit=HEARD[silently])
         await asyncio.sleep(0.1)
         assert b.quarantined() == 30
         fleet.hub.let_go()

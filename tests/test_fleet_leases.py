@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.fleet_calls import expected, next_sub_id, prompt_of, send_body
@@ -12,6 +14,7 @@ from tests.fleet_rig import Fleet, FleetEngine, run_fleet
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.errors import (
     Busy,
+    Cancelled,
     Conflict,
     DeadlineExceeded,
     InvalidRequest,
@@ -20,12 +23,23 @@ from microserve.runtime.errors import (
     PeerLost,
 )
 from microserve.runtime.messages import (
+    Abort,
+    Aborted,
+    CacheEvict,
+    CacheEvicted,
+    CacheMatch,
+    CacheMatched,
+    CachePin,
+    CacheUnpin,
     Commit,
     Committed,
     Prepared,
     PrepRecv,
     SendReport,
 )
+
+if TYPE_CHECKING:
+    from microserve.runtime.messages import KvAddress
 
 # --- leases ---
 
@@ -77,27 +91,44 @@ def test_a_claim_is_not_used_after_its_term() -> None:
     run_fleet(work, lease_life=20.0)
 
 
-def test_two_engines_that_fill_each_other_with_leases() -> None:
+@pytest.mark.parametrize(("share", "most"), [(0.5, 1), (0.9, 2)])
+def test_two_engines_that_fill_each_other_with_leases(share: float, most: int) -> None:
+    """Both have leased what they may. Where that leaves no room to compute what the other waits for, the sends are
+    refused at once, and who waited is told so."""
+
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines
+        leased: set[tuple[int, int]] = set()
+        outcomes: Counter[str] = Counter()
 
-        async def serve(sender: FleetEngine, receiver: FleetEngine, seed: int) -> bool:
-            prompt = prompt_of(40, seed=seed)
+        async def send(sender: FleetEngine, receiver: FleetEngine, prompt: list[int], kv: KvAddress) -> None:
+            asked = fleet.clock()
             try:
-                kv = await fleet.prep_recv(receiver, prompt, end=-1, admit_by=20.0)
-                sending = fleet.sending(sender, prompt, kv)
-                tokens, _ = await fleet.generate(receiver, prompt, kv=kv)
+                await fleet.remote_send(sender, prompt, kv)
             except Busy:
-                return False
-            await asyncio.gather(sending, return_exceptions=True)
+                assert fleet.clock() - asked < 0.1
+                outcomes["busy"] += 1
+                await fleet.forgo(receiver, kv, kv.matched, kv.end)
+            else:
+                outcomes["sent"] += 1
+
+        async def serve(sender: FleetEngine, receiver: FleetEngine, seed: int) -> None:
+            prompt = prompt_of(40, seed=seed)
+            kv = await fleet.prep_recv(receiver, prompt, end=-1, admit_by=20.0)
+            leased.add((a.leased() // 10, b.leased() // 10))
+            sending = asyncio.create_task(send(sender, receiver, prompt, kv))
+            tokens, _ = await fleet.generate(receiver, prompt, kv=kv)
             assert tokens == expected(prompt)
-            return True
+            await sending
 
         pairs = [(a, b), (b, a)] * 12
-        done = await asyncio.gather(*(serve(*pair, seed) for seed, pair in enumerate(pairs)))
-        assert all(done)
+        await asyncio.gather(*(serve(*pair, seed) for seed, pair in enumerate(pairs)))
+        # Both at once, and never more than that.
+        assert max(leased) == (most, most)
+        assert outcomes.total() == len(pairs)
+        assert bool(outcomes["busy"]) == (most == 2)
 
-    run_fleet(work, pages=24, max_running=4)
+    run_fleet(work, pages=24, max_running=4, lease_share=share)
 
 
 def test_a_prompt_that_leases_never_hold_is_refused() -> None:
@@ -210,6 +241,42 @@ def test_release_and_forgo_are_idempotent() -> None:
         assert await fleet.forgo(b, kv, 0, 48) == "freed"
         assert await fleet.release(b, kv) == "freed"
         assert await fleet.release(b, kv) == "unknown"
+
+    run_fleet(work)
+
+
+def test_abort_is_idempotent() -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        kv = await fleet.prep_recv(b, LONG)
+        body = send_body(LONG, kv)
+        sending = asyncio.create_task(fleet.ask(a, body, SendReport))
+        await fleet.until(lambda: b.core.kv._grants)
+        abort = Abort(sub_id=body.sub_id)
+        assert [(await fleet.ask(a, abort, Aborted)).outcome for _ in range(3)] == ["freed", "unknown", "unknown"]
+        await raises(Cancelled, sending)
+        # The answer that it had is given again, and nothing begins.
+        await raises(Cancelled, fleet.ask(a, body, SendReport))
+        await fleet.until(lambda: not len(a.core.sends) and not b.core.kv._grants, limit=2.0)
+        assert await fleet.release(b, kv) == "freed"
+
+    run_fleet(work)
+
+
+def test_the_cache_verbs_are_idempotent() -> None:
+    async def work(fleet: Fleet) -> None:
+        b = fleet["b"]
+        await fleet.generate(b, PROMPT, count=1)
+        prompt = pack_tokens(PROMPT)
+        found = CacheMatched(tokens=48)
+        for verb in (CacheMatch(prompt=prompt), CachePin(prompt=prompt, ttl=600.0)):
+            assert [await fleet.ask(b, verb, CacheMatched) for _ in range(2)] == [found, found]
+        assert [(await fleet.ask(b, CacheEvict(prompt=prompt), CacheEvicted)).pages for _ in range(2)] == [0, 0]
+        # However often it was pinned, one end is enough.
+        unpinned = [await fleet.ask(b, CacheUnpin(prompt=prompt), CacheMatched) for _ in range(2)]
+        assert unpinned == [found, CacheMatched(tokens=0)]
+        assert [(await fleet.ask(b, CacheEvict(prompt=prompt), CacheEvicted)).pages for _ in range(2)] == [12, 0]
+        assert [(await fleet.ask(b, CacheEvict(), CacheEvicted)).pages for _ in range(2)] == [0, 0]
 
     run_fleet(work)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from tests.fleet_calls import PAGE, prompt_of
 from tests.fleet_checks import LONG, PROMPT, answers
@@ -78,8 +80,36 @@ def test_chunks_are_pushed_while_the_next_are_computed() -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines
         kv = await fleet.prep_recv(b, LONG)
-        await fleet.remote_send(a, LONG, kv)
+        sending = fleet.sending(a, LONG, kv)
+
+        def arrived(at_least: int = 0) -> int:
+            pages = int(b.core.receiving.statistics()["lease_arrived_pages"])
+            return pages if pages >= at_least else 0
+
+        for pages in range(4, 28, 4):
+            await fleet.until(partial(arrived, pages))
+            # They are there, and their sender still computes.
+            (send,) = a.core.sends._live
+            assert (arrived(), send.computed) == (pages, None)
+        assert (await sending).computed == 120
         assert [pages for _, _, pages in fleet.hub.pushed] == [4] * 7 + [2]
+        assert await fleet.commit(b, kv) == 120
+
+    run_fleet(work)
+
+
+def test_a_slow_push_does_not_keep_the_next_chunks_from_being_computed() -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        fleet.hub.hold()
+        kv = await fleet.prep_recv(b, LONG)
+        sending = fleet.sending(a, LONG, kv)
+        await fleet.until(lambda: any(send.computed for send in a.core.sends._live))
+        assert fleet.hub.pushed == []
+        fleet.hub.let_go()
+        await sending
+        # What had gathered meanwhile went out at once.
+        assert [pages for _, _, pages in fleet.hub.pushed] == [4, 26]
         assert await fleet.commit(b, kv) == 120
 
     run_fleet(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -64,17 +65,26 @@ def test_another_prompt_is_refused() -> None:
     run_fleet(work)
 
 
-def test_pages_of_another_layout_do_not_move() -> None:
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"page_size": 8}, "page_size: 4 here, 8 there"),
+        # Of other weights, KV would be taken for what it is not, and no page would show it.
+        ({"revision": "2"}, "model_revision: 1 here, 2 there"),
+    ],
+)
+def test_pages_of_another_layout_do_not_move(options: dict[str, Any], difference: str) -> None:
     async def work(fleet: Fleet) -> None:
         a = fleet["a"]
-        c = await fleet.add("c", page_size=8)
+        c = await fleet.add("c", **options)
         await fleet.meet()
         kv = await fleet.prep_recv(c, PROMPT)
-        with pytest.raises(LayoutMismatch, match="page_size: 4 here, 8 there"):
+        with pytest.raises(LayoutMismatch, match=f": {difference}$"):
             await fleet.remote_send(a, PROMPT, kv)
         link = link_of(a, "c")
         assert link.state == "refused"
-        assert any("refused" in detail and "page_size" in detail for _, detail in a.events)
+        field = difference.partition(":")[0]
+        assert any("refused" in detail and field in detail for _, detail in a.events)
         # A forged address does not help: the engines compare for themselves.
         forged = replace(kv, layout=a.core.info.layout)
         await raises(LayoutMismatch, fleet.remote_send(a, PROMPT[:48], forged, end=48))

@@ -1,152 +1,26 @@
-"""Engines that die or stall while KV moves between them, as processes: no hang, no leak, no wrong token.
-
-KV goes over TCP: through shared memory a push is over within the call that begins it, and "during" would be nothing.
-Pages are of a mebibyte, and a stopped receiver takes no more than its socket holds, so a push to it is surely under way
-when the sender says so. The fake executor's tokens depend on every page: a torn or foreign one shows.
-"""
+"""Engines that die or stall while KV moves between them, as processes: no hang, no leak, no wrong token."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
-from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import pytest
-from tests.cluster import Cluster, daemon_environ, state_of
-from tests.engine_calls import EngineCalls, Engines, open_engines
+from tests.cluster import daemon_environ
+from tests.push_rig import LOST, OUTPUT, PAGES, Rig, expected, in_fleet, make_cluster, prompt_of
 
-from microserve.engine.fake_executor import fake_model, fake_tokens
-from microserve.engine.plan import SequenceStart
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.config import EngineConfig
-from microserve.runtime.errors import (
-    DeadlineExceeded,
-    LeaseNotFound,
-    MicroserveError,
-    PeerError,
-    StaleEpoch,
-    TransferFailed,
-    Unavailable,
-)
-from microserve.runtime.messages import Forgo, KvAddress, Released, SamplingParams
+from microserve.runtime.errors import DeadlineExceeded, LeaseNotFound, MicroserveError, StaleEpoch
+from microserve.runtime.messages import Forgo, KvAddress, Released
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Iterator
 
-    from tests.cluster import Daemon
-
-    from microserve.runtime.messages import SendReport, StatusReply
-
-PAGE = 16
-PAGES = 64
-OUTPUT = 5
-MODEL = fake_model(EngineConfig(model="tokens-only", executor="fake"))
-LOST = (PeerError, Unavailable, TransferFailed)
-"""What a send ends with when one of its ends has gone."""
-
-ENGINE = (
-    *("--executor", "fake", "--model", "tokens-only", "--transport", "nixl", "--kv-pages", "256"),
-    # A prompt takes half a second: time enough to do something between its claim and its push.
-    *("--fake-decode-base-us", "1000", "--fake-prefill-us-per-token", "500", "--step-tokens", "4096"),
-)
-
-
-class Rig:
-    """A receiver and a sender, as processes and as what they are called by."""
-
-    def __init__(self, cluster: Cluster, engines: Engines) -> None:
-        self.cluster = cluster
-        self.engines = engines
-
-    @property
-    def receiver(self) -> EngineCalls:
-        return self.engines["e0"]
-
-    @property
-    def sender(self) -> EngineCalls:
-        return self.engines["e1"]
-
-    def daemon(self, engine: EngineCalls) -> Daemon:
-        """The living process of that name."""
-        return next(each for each in self.cluster.engines if each.name == engine.name and each.alive)
-
-    @contextmanager
-    def stopped(self, engine: EngineCalls) -> Iterator[None]:
-        """SIGSTOP, until the end of the block."""
-        daemon = self.daemon(engine)
-        daemon.pause()
-        try:
-            yield
-        finally:
-            daemon.resume()
-
-    async def until_claimed(self) -> None:
-        await self._until(self.receiver, "lease_open_claims")
-
-    async def until_pushing(self) -> None:
-        await self._until(self.sender, "transfer_active")
-
-    @staticmethod
-    async def _until(engine: EngineCalls, gauge: str) -> None:
-        async with asyncio.timeout(10):
-            # Each asking takes a round trip, so this does not spin.
-            while not (await engine.stats())[gauge]:
-                pass
-
-    @asynccontextmanager
-    async def push_under_way(
-        self, kv: KvAddress, prompt: list[int], budget: float = 60.0
-    ) -> AsyncIterator[asyncio.Task[SendReport]]:
-        """A push that has begun, and cannot end before the block does: its receiver is stopped."""
-        sending = self.sender.sending(prompt, kv, budget=budget)
-        await self.until_claimed()
-        with self.stopped(self.receiver):
-            await self.until_pushing()
-            yield sending
-
-    async def back(self, name: str) -> None:
-        """An engine that was killed is started again, under its name."""
-        before = (await asyncio.to_thread(self.cluster.endpoints))[name]
-        await asyncio.to_thread(self.cluster.add_engine, name, wait=False)
-
-        def anew(status: StatusReply) -> bool:
-            return state_of(status, name) == "ready" and self.cluster.endpoints()[name] != before
-
-        await asyncio.to_thread(self.cluster.wait_for, anew, f"a new {name} to be ready")
-        await self.engines.connect(name, (await asyncio.to_thread(self.cluster.endpoints))[name])
-
-    async def check(self) -> None:
-        """What went wrong has left nothing behind."""
-        living = {daemon.name for daemon in self.cluster.engines if daemon.alive}
-        alive = [engine for name, engine in self.engines.items() if name in living]
-        if len(alive) == 2:
-            await self.engines.until_met()
-            prompt = prompt_of(PAGES, seed=100)
-            kv = await self.receiver.prep_recv(prompt)
-            assert (await self.sender.sending(prompt, kv)).bytes == PAGES << 20
-            tokens, done, _ = await self.receiver.generate(prompt, OUTPUT, kv=kv)
-            assert (tokens, done.received_tokens, done.recomputed_tokens) == (expected(prompt), len(prompt), 0)
-        for engine in alive:
-            await engine.until_whole()
-
-
-def prompt_of(pages: int, seed: int) -> list[int]:
-    found: list[int] = np.random.default_rng([pages, seed]).integers(0, 30_000, pages * PAGE).tolist()
-    return found
-
-
-def expected(prompt: list[int]) -> list[int]:
-    tokens = np.array(prompt, dtype=np.int32)
-    start = SequenceStart(0, tokens, len(tokens), SamplingParams(), 0, MODEL.eos_token_ids)
-    return fake_tokens(tokens, start, MODEL, count=OUTPUT)
-
-
-def make_cluster(*args: str) -> Cluster:
-    return Cluster(2, engine_args=(*ENGINE, *args), digests=True, page_kib=1024, environ={"UCX_TLS": "tcp"})
+    from tests.cluster import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +34,6 @@ def cluster() -> Iterator[Cluster]:
 def own_cluster() -> Iterator[Cluster]:
     with make_cluster() as running:
         yield running
-
-
-def in_fleet(cluster: Cluster, work: Callable[[Rig], Awaitable[None]]) -> None:
-    """Runs `work`, after which the engines that live have to be whole, and to move KV if they are two."""
-
-    async def main() -> None:
-        async with open_engines(await asyncio.to_thread(cluster.endpoints)) as engines:
-            for engine in engines.values():
-                await engine.evict()
-            rig = Rig(cluster, engines)
-            await work(rig)
-            await rig.check()
-
-    asyncio.run(main())
 
 
 # --- the sender --------------------------------------------------------------------------------------------------
@@ -274,13 +134,17 @@ def test_a_lease_that_is_released_during_a_push(cluster: Cluster) -> None:
         prompt = prompt_of(PAGES, seed=6)
         kv = await rig.receiver.prep_recv(prompt)
         async with rig.push_under_way(kv, prompt) as sending:
-            # Asked while it is stopped; answered when it goes on, before the push can have ended.
-            released = asyncio.create_task(rig.receiver.release(kv))
-            await asyncio.sleep(0)
-        assert await released in ("quarantined", "freed")
+            rig.daemon(rig.sender).pause()
+        with contextlib.ExitStack() as stack:
+            stack.callback(rig.daemon(rig.sender).resume)
+            assert await rig.receiver.release(kv) == "quarantined"
+            assert await rig.receiver.release(kv) == "unknown"
+            load = (await rig.receiver.info()).load
+            assert (load.quarantined_pages, load.leased_pages) == (PAGES, 0)
+        await asyncio.wait([sending])
         with contextlib.suppress(MicroserveError):
-            await sending
-        await rig.receiver.until_whole()
+            sending.result()
+        await rig.receiver.until(lambda info: info.load.quarantined_pages == 0)
 
     in_fleet(cluster, work)
 
@@ -310,6 +174,49 @@ def test_a_lease_that_expires_during_a_push() -> None:
 
 
 # --- the receiver --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claimed", [False, True], ids=["not yet claimed", "claimed"])
+def test_a_receiver_that_dies_before_a_push(own_cluster: Cluster, claimed: bool) -> None:
+    async def work(rig: Rig) -> None:
+        prompt = prompt_of(PAGES, seed=13)
+        kv = await rig.receiver.prep_recv(prompt)
+        if claimed:
+            sending = rig.sender.sending(prompt, kv)
+            await rig.until_claimed()
+            rig.daemon(rig.receiver).kill()
+        else:
+            rig.daemon(rig.receiver).kill()
+            sending = rig.sender.sending(prompt, kv)
+        async with asyncio.timeout(15):
+            with pytest.raises(LOST):
+                await sending
+        assert (await rig.sender.stats())["transfer_pushed_bytes"] == 0
+        await rig.sender.until_whole()
+        await rig.back("e0")
+
+    in_fleet(own_cluster, work)
+
+
+def test_a_receiver_that_stalls_before_a_push(cluster: Cluster) -> None:
+    """It cannot grant the claim. One that it grants when it has come back is given back at once."""
+
+    async def work(rig: Rig) -> None:
+        prompt = prompt_of(PAGES, seed=14)
+        kv = await rig.receiver.prep_recv(prompt)
+        before = (await rig.sender.stats())["transfer_pushed_bytes"]
+        with rig.stopped(rig.receiver):
+            async with asyncio.timeout(8):
+                with pytest.raises((DeadlineExceeded, *LOST)):
+                    await rig.sender.sending(prompt, kv)
+            await rig.sender.until_whole()
+        assert (await rig.sender.stats())["transfer_pushed_bytes"] == before
+        # The session of the test may have ended in its silence, and the lease with it.
+        await rig.engines.connect("e0", (await asyncio.to_thread(rig.cluster.endpoints))["e0"])
+        await rig.receiver.release(kv)
+        await rig.receiver.until_whole()
+
+    in_fleet(cluster, work)
 
 
 def test_a_receiver_that_dies_during_a_push_and_the_address_of_its_past(own_cluster: Cluster) -> None:
@@ -356,7 +263,8 @@ def test_a_receiver_that_stalls_during_a_push(cluster: Cluster) -> None:
 # --- the router ----------------------------------------------------------------------------------------------------
 
 
-def test_a_router_that_dies_between_prep_recv_and_remote_send(cluster: Cluster) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])
+def test_a_router_that_ends_between_prep_recv_and_remote_send(cluster: Cluster, end: signal.Signals) -> None:
     async def work(rig: Rig) -> None:
         prompt = prompt_of(PAGES, seed=11)
         endpoint = (await asyncio.to_thread(cluster.endpoints))["e0"]
@@ -368,12 +276,16 @@ def test_a_router_that_dies_between_prep_recv_and_remote_send(cluster: Cluster) 
         assert router.stdout is not None
         address = msgspec.msgpack.decode(bytes.fromhex((await router.stdout.readline()).decode()), type=KvAddress)
         assert (await rig.receiver.info()).load.leased_pages >= PAGES
-        router.kill()
-        await router.communicate()
-        # Long before its term of half a minute is over.
-        await rig.receiver.until(lambda info: info.load.leased_pages == 0, limit=10)
-        with pytest.raises(LeaseNotFound):
-            await rig.sender.sending(prompt, address)
+        router.send_signal(end)
+        try:
+            # Long before its term of half a minute is over.
+            await rig.receiver.until(lambda info: info.load.leased_pages == 0, limit=10)
+            with pytest.raises(LeaseNotFound):
+                await rig.sender.sending(prompt, address)
+        finally:
+            if end != signal.SIGKILL:
+                router.kill()
+            await router.communicate()
 
     in_fleet(cluster, work)
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.cluster import Cluster
+from tests.cluster import FAKE, Cluster
 from tests.engine_calls import Answer, Engines, is_whole, open_engines
 from tests.soak import FOLDER
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.runtime.client import AsyncClient
+from microserve.runtime.errors import TransferFailed
 from microserve.runtime.messages import Drain, Ok, Resume
 
 if TYPE_CHECKING:
@@ -372,3 +373,28 @@ def test_what_is_known_of_the_links(cluster: Cluster) -> None:
                 assert link.gigabytes_per_second > 0
 
     in_fleet(cluster, work)
+
+
+def test_a_link_that_is_not_what_was_required_is_refused() -> None:
+    async def work(cluster: Cluster) -> None:
+        async with open_engines(await asyncio.to_thread(cluster.endpoints), met=False) as engines:
+            picky, other = engines["picky"], engines["e0"]
+            info = await picky.until(lambda info: [link.state for link in info.links] == ["refused"])
+            (link,) = info.links
+            assert (link.engine_id, link.transport) == ("e0", "shm")
+            why = "KV would go over shm; cuda_ipc is required"
+            assert link.detail == why
+            prompt = prompt_of(100)
+            kv = await other.prep_recv(prompt)
+            with pytest.raises(TransferFailed, match=why):
+                await picky.sending(prompt, kv)
+            assert (await picky.stats())["transfer_pushed_bytes"] == 0
+            assert await other.release(kv) == "freed"
+            for engine in engines.values():
+                await engine.until_whole()
+
+    with Cluster(0, engine_args=(*FAKE, "--transport", "nixl")) as cluster:
+        cluster.add_engine("e0", wait=False)
+        cluster.add_engine("picky", "--require-link", "cuda_ipc", wait=False)
+        cluster.wait_ready(2)
+        asyncio.run(work(cluster))

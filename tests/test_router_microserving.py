@@ -294,6 +294,11 @@ def test_an_engines_refusal_keeps_its_code_and_status() -> None:
     run(work)
 
 
+def content_of(response: dict[str, Any]) -> dict[str, str]:
+    """The schemas of an answer by media type."""
+    return {kind: each["schema"]["$ref"].rpartition("/")[2] for kind, each in response["content"].items()}
+
+
 def test_it_describes_itself() -> None:
     async def work(door: Door) -> None:
         document = (await door.ask("GET", "/openapi.json")).json()
@@ -301,6 +306,20 @@ def test_it_describes_itself() -> None:
         assert {f"{ROOT}/engines/{{id}}/{name}" for name in VERBS} <= set(document["paths"])
         body = document["components"]["schemas"]["PrepRecvBody"]
         assert body["properties"]["prompt"]["anyOf"][0]["items"]["minimum"] == 0
+        ok = document["paths"][f"{ROOT}/engines"]["get"]["responses"]["200"]
+        assert content_of(ok) == {"application/json": "EnginesBody"}
+        schemas = document["components"]["schemas"]
+        assert schemas["EnginesBody"]["properties"]["engines"]["items"] == {"$ref": "#/components/schemas/FleetEngine"}
+        assert {"info", "load", "state"} <= set(schemas["FleetEngine"]["properties"])
+        generating = document["paths"][f"{ROOT}/engines/{{id}}/start_generate"]["post"]["responses"]["200"]["content"]
+        assert generating["application/json"]["schema"]["$ref"].endswith("/GeneratedBody")
+        events = generating["text/event-stream"]["schema"]
+        assert (events["type"], events["contentMediaType"]) == ("string", "text/event-stream")
+        assert [each["$ref"].rpartition("/")[2] for each in events["contentSchema"]["anyOf"]] == [
+            "TokensEvent",
+            "GeneratedBody",
+            "ErrorBody",
+        ]
         text = json.dumps(document)
         for name in set(document["components"]["schemas"]):
             assert f"#/components/schemas/{name}" in text

@@ -68,7 +68,7 @@ def test_a_thousand_requests_of_processes() -> None:
                 assert (await engine.stats())["lease_arrived_pages"] > 0
 
     # Slow enough that every strategy of the mix has its half second.
-    slow = [*FAKE, "--fake-decode-base-us", "20000"]
+    slow = [*FAKE, "--fake-decode-base-us", "25000"]
     router = ("--strategy", "alone", "--strategy-folder", str(FOLDER))
     with Cluster(3, engine_args=slow, router_args=router) as cluster:
         asyncio.run(main(cluster))

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from microserve.router.microserving.verbs import ROOT, VERBS
+from microserve.router.microserving.verbs import ROOT, VERBS, GeneratedBody
 from microserve.runtime import messages
 
 
@@ -27,10 +27,23 @@ class ErrorBody(Struct):
     error: ErrorDetail
 
 
+class EnginesBody(Struct):
+    """Every engine that the router knows, as it last described itself."""
+
+    engines: list[messages.FleetEngine]
+
+
+class TokensEvent(Struct):
+    """An event of `start_generate`: the next tokens. `logprobs` where they were asked for."""
+
+    tokens: list[int]
+    logprobs: list[messages.TokenLogprobs] | None = None
+
+
 def describe() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    types = [*(verb.body for verb in VERBS.values()), *(verb.answer for verb in VERBS.values()), ErrorBody]
-    kinds = list(dict.fromkeys(types))
+    bodies, answers = [verb.body for verb in VERBS.values()], [verb.answer for verb in VERBS.values()]
+    kinds = list(dict.fromkeys([*bodies, *answers, ErrorBody, EnginesBody, messages.InfoReply, TokensEvent]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     ref = dict(zip(kinds, schemas, strict=True))
     for schema in components.values():
@@ -46,12 +59,27 @@ def describe() -> dict[str, Any]:
     def json_of(schema: Any) -> dict[str, Any]:
         return {"content": {"application/json": {"schema": schema}}}
 
+    events = {
+        "type": "string",
+        "contentMediaType": "text/event-stream",
+        "contentSchema": {"anyOf": [ref[TokensEvent], ref[GeneratedBody], ref[ErrorBody]]},
+        "description": 'With `"stream": true`. Each event is `data: ` and a JSON object: tokens, again and again; then '
+        "the end, without tokens of its own, and `data: [DONE]`. A failure before the first token is an answer with "
+        "its own status, and a later one is the last event, an error.",
+    }
     failure = {"description": "An error", **json_of(ref[ErrorBody])}
     engine = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     paths: dict[str, Any] = {
-        f"{ROOT}/engines": {"get": {"summary": "Every engine", "responses": {"200": {"description": "Engines"}}}},
+        f"{ROOT}/engines": {
+            "get": {
+                "operationId": "engines",
+                "summary": "Every engine",
+                "responses": {"200": {"description": "Engines", **json_of(ref[EnginesBody])}, "default": failure},
+            }
+        },
         f"{ROOT}/engines/{{id}}": {
             "get": {
+                "operationId": "engine",
                 "summary": "One engine",
                 "parameters": [engine],
                 "responses": {"200": {"description": "It", **json_of(ref[messages.InfoReply])}, "default": failure},
@@ -68,6 +96,8 @@ def describe() -> dict[str, Any]:
                 "responses": {"200": {"description": "Done", **json_of(ref[verb.answer])}, "default": failure},
             }
         }
+    streamed = paths[f"{ROOT}/engines/{{id}}/start_generate"]["post"]["responses"]["200"]
+    streamed["content"]["text/event-stream"] = {"schema": events}
     return {
         "openapi": "3.1.0",
         "info": {"title": "microserve: the engines' verbs", "version": "1"},

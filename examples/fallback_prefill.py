@@ -1,7 +1,7 @@
-"""Not in the paper: a second prefill engine steps in when the first one has not even been able to take the work.
+"""Not in the paper: a second prefill engine steps in for one that refuses or fails.
 
-A range has one writer, so the second engine is asked only once the first has refused or failed; the engine that decodes
-computes what neither has brought.
+A range of a lease has one writer, ever, so the second engine is asked only then, and writes to a new lease. What
+neither of them brings, the engine that decodes computes.
 """
 
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from microserve import Chunk, Fleet, MicroserveError, Request, strategy
 
 
 @strategy
-async def hedged_prefill(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+async def fallback_prefill(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
     """As disaggregation, with a new lease and another sender when the first fails."""
     decode = fleet.pick("decode")
     tried = [decode.id]
