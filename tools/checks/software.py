@@ -53,7 +53,7 @@ PACKAGES = (
     Package("uvicorn", "0.30"),
     Package("uvloop", "0.21"),
     Package("flashinfer-python", "0.6.12", "flashinfer", "gpu", "microserve[cuda]", "the cuda executor"),
-    Package("textual", "1.0", "", "extra", "microserve[tui]", "`microserve top`"),
+    Package("textual", "8.2", "", "extra", "microserve[tui]", "`microserve top`"),
 )
 _SLOW = frozenset({"torch", "flashinfer"})
 """Take seconds to import: flashinfer is looked up alone, torch has a check of its own."""
