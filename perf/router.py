@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import uvloop
 
 from perf.harness import Benchmark, Sample, ratio
@@ -43,9 +42,9 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def cpu(self) -> float:
-        """CPU seconds so far, user and system."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
+        """CPU seconds so far, user and system, of all its threads: to the nanosecond, where ticks are 10 ms."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 @dataclass
