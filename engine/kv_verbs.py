@@ -9,7 +9,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-from microserve.engine.checks import check_budget, check_position, check_prompt
+from microserve.engine.checks import check_budget, check_finite, check_position, check_prompt
 from microserve.engine.outputs import CommitTicket, Opened, Output, Prepare
 from microserve.engine.peers import check_sender
 from microserve.engine.sending import prompt_digest
@@ -79,9 +79,9 @@ class _Grant(NamedTuple):
 class KvVerbs:
     """Leases and the prefix tree. Of `receiving` and `scheduler` nothing is called but in the step thread.
 
-    `limit` raises for a prompt that is too long; `kv_wait` is how long a generation waits for KV if it does not say.
-    `expect` is told how many claims more or fewer may bring pages now; from any thread.
-    Whoever delivers outputs finds ours in `sinks`.
+    `limit` raises for a prompt that is too long; `kv_wait` is how long a generation or a
+    commit waits for KV if it does not say. `expect` is told how many claims more or fewer may bring pages now; from any
+    thread. Whoever delivers outputs finds ours in `sinks`.
     """
 
     def __init__(
@@ -171,7 +171,9 @@ class KvVerbs:
 
     def commit(self, call: IncomingCall, body: Commit) -> None:
         """Begins a `commit` that the book does not know. Raises the refusal."""
-        until = check_budget(self._clock(), body.wait, "wait") or 0.0
+        wait = check_finite(body.wait, "wait")
+        # The sender's "done" may overtake our transport's own notifications: committing at once would lose pages.
+        until = self._clock() + (self.kv_wait if wait is None else wait)
         ticket = CommitTicket(request_id=body.request_id, sub_id=body.sub_id, lease=body.lease)
         sub = self._book.open(call, body.sub_id, commit_key(body))
         self._sinks[ticket] = lambda output: self._committed(sub, ticket, output)

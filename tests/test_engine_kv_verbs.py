@@ -152,6 +152,18 @@ def test_a_commit_waits_for_what_is_on_its_way_and_no_longer() -> None:
     run_fleet(work)
 
 
+def test_a_commit_that_overtakes_the_kv_waits_for_it() -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        kv = await fleet.prep_recv(b, LONG)
+        committing = asyncio.create_task(fleet.commit(b, kv))
+        await asyncio.sleep(1.0)
+        await fleet.remote_send(a, LONG, kv)
+        assert await committing == len(LONG)
+
+    run_fleet(work)
+
+
 def test_a_lease_in_use_is_a_conflict() -> None:
     async def work(fleet: Fleet) -> None:
         b = fleet["b"]

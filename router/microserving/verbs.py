@@ -74,7 +74,7 @@ class StartGenerateBody(Prompted, forbid_unknown_fields=True, kw_only=True):
 
 
 class CommitBody(Struct, forbid_unknown_fields=True, kw_only=True):
-    """What arrived of a lease enters the prefix tree, and the lease ends."""
+    """What arrives of a lease within `wait` seconds (default: the engine's `kv_wait`) enters the prefix tree."""
 
     lease: Id
     wait: Seconds | None = None

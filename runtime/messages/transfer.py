@@ -74,7 +74,7 @@ class SendReport(Message, tag="send_report", frozen=True):
 class Commit(Message, tag="commit", frozen=True):
     """Complete pages that arrived enter the prefix tree without generating, and the lease ends. Reply: `Committed`.
 
-    Waits, at most `wait` seconds, for what is still on its way.
+    Waits, at most `wait` seconds, for what has not arrived. None: as long as the engine lets a generation wait.
     """
 
     request_id: Name
