@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/microserve up
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ Leaving the block drains everything and fails when a process ended in a way that
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -300,15 +302,22 @@ def state_of(status: StatusReply, name: str) -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports that are free, and that nobody is given by chance.
+
+    Below those that the system hands out, each once, and other ones in every process of a parallel run: what is free
+    now is free when a daemon that was ended asks for it again.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
+
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_PORTS = (12000 + 2000 * _WORKER + number % 2000 for number in itertools.count(os.getpid() * 17))
 
 
 def daemon_environ() -> dict[str, str]:
