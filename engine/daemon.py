@@ -30,7 +30,7 @@ from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from microserve.engine.executor import Executor
     from microserve.engine.scheduler import Scheduler
@@ -106,36 +106,60 @@ async def serve(
             f"metrics_host = {config.metrics_host!r} can be reached from other machines, and no keys guard /metrics: "
             "read it on this machine, or say --insecure (the bus keeps asking for keys where key_file is set)"
         )
-    opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle)
-    if opened is None:
+    progress = Progress(bars=sys.stderr.isatty())
+    async with _http(config, progress) as http:
+        opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle, progress)
+        if opened is None:
+            return
+        executor, transport = opened
+        bus = ZmqBus(Peer("engine", engine_id, epoch), security=security)
+        engine = Engine(config, engine_id, epoch, executor, transport, bus)
+        try:
+            await engine.start()
+            if http is not None:
+                http.metrics, http.reasons = engine.metrics, engine.not_ready
+            ready()
+            info = engine.info()
+            _log.info(
+                "ready",
+                endpoint=info.endpoint,
+                model=info.model.name,
+                executor=info.executor,
+                pages=executor.total_pages,
+                page_size=info.layout.page_size,
+                max_context=engine.scheduler.max_context,
+                transport=transport.name if transport is not None else "none",
+                seconds=round(monotonic() - began, 2),
+            )
+            if read is not None:
+                lifecycle.reload = engine_reload(engine, config, read, relog)
+            lifecycle.drain_limit = lambda: engine.config.drain_timeout
+            lifecycle.healthy = engine.moves
+            lifecycle.ready(partial(_status_line, engine))
+            await engine.run(lifecycle)
+        finally:
+            if http is not None:
+                http.metrics, http.reasons = None, lambda: ["the engine is stopping"]
+            await engine.stop()
+            await bus.close()
+
+
+@contextlib.asynccontextmanager
+async def _http(config: EngineConfig, progress: Progress) -> AsyncIterator[MetricsHttp | None]:
+    """`/health` and `/ready`, which answer while a checkpoint loads; `/metrics` from when there are some."""
+    if config.metrics_port is None:
+        yield None
         return
-    executor, transport = opened
-    bus = ZmqBus(Peer("engine", engine_id, epoch), security=security)
-    engine = Engine(config, engine_id, epoch, executor, transport, bus)
+    # Imported here: an engine whose metrics nobody reads does without a web server.
+    from microserve.runtime.metrics_http import MetricsHttp
+
+    http = MetricsHttp(None, lambda: [f"the engine is starting: {progress.look() or 'nothing has moved for minutes'}"])
+    await http.start(config.metrics_host, config.metrics_port)
+    _log.info("metrics", url=f"{http.url}/metrics")
     try:
-        await engine.start()
-        ready()
-        info = engine.info()
-        _log.info(
-            "ready",
-            endpoint=info.endpoint,
-            model=info.model.name,
-            executor=info.executor,
-            pages=executor.total_pages,
-            page_size=info.layout.page_size,
-            max_context=engine.scheduler.max_context,
-            transport=transport.name if transport is not None else "none",
-            seconds=round(monotonic() - began, 2),
-        )
-        if read is not None:
-            lifecycle.reload = engine_reload(engine, config, read, relog)
-        lifecycle.drain_limit = lambda: engine.config.drain_timeout
-        lifecycle.healthy = engine.moves
-        lifecycle.ready(partial(_status_line, engine))
-        await engine.run(lifecycle)
+        yield http
     finally:
-        await engine.stop()
-        await bus.close()
+        await http.close()
 
 
 def _status_line(engine: Engine) -> str:
@@ -148,10 +172,9 @@ def _status_line(engine: Engine) -> str:
 
 
 async def _open_unless_draining(
-    config: EngineConfig, name: str, lifecycle: Lifecycle
+    config: EngineConfig, name: str, lifecycle: Lifecycle, progress: Progress
 ) -> tuple[Executor, Transport | None] | None:
     """What takes long. None: told to end meanwhile."""
-    progress = Progress(bars=sys.stderr.isatty())
 
     def work() -> tuple[Executor, Transport | None]:
         executor = open_executor(config, progress)
@@ -226,7 +249,6 @@ class Engine:
         )
         self.verbs = self.core.verbs
         self.verbs.changed = self._changed
-        self._http: MetricsHttp | None = None
         self._announcer: Announcer | None = None
         self._publisher: Publisher | None = None
         self._events = 0
@@ -267,20 +289,10 @@ class Engine:
             endpoint=config.advertise or listener.endpoint,
             events_endpoint=config.events_advertise or self._publisher.endpoint,
         )
-        if config.metrics_port is not None:
-            await self._serve_metrics(config.metrics_host, config.metrics_port)
         self._announcer = Announcer(self._bus, config.routers, self.info, self.verbs.load)
         self._announcer.start()
         self._state = self.verbs.state
         self._publish("started")
-
-    async def _serve_metrics(self, host: str, port: int) -> None:
-        # Imported here: an engine whose metrics nobody reads does without a web server.
-        from microserve.runtime.metrics_http import MetricsHttp
-
-        self._http = MetricsHttp(self.metrics, self._not_ready)
-        await self._http.start(host, port)
-        _log.info("metrics", url=f"{self._http.url}/metrics")
 
     async def metrics(self) -> bytes:
         """A scrape. What only the step thread knows is left out when it does not answer soon."""
@@ -304,7 +316,7 @@ class Engine:
             core.metrics, Snapshot(core.info, self.verbs.load(), links, stats, bus, metadata.version("microserve"))
         )
 
-    def _not_ready(self) -> list[str]:
+    def not_ready(self) -> list[str]:
         """Why a request would not be served now."""
         reasons = []
         if self.verbs.state not in ("ready", "degraded"):
@@ -340,8 +352,6 @@ class Engine:
                 self._publish("stopping")
                 announcer, self._announcer = self._announcer, None
                 await announcer.leave()
-            if self._http is not None:
-                await self._http.close()
             # Pushes end before their claims, claims before the sessions that tell of them, all before the pool goes.
             await core.sends.close()
             await core.peers.close()

@@ -27,12 +27,12 @@ _log = get_logger(__name__)
 
 
 class MetricsHttp:
-    """A small server on the running loop. `metrics` makes a scrape; `reasons` says why a request would not be served
-    now, empty when it would."""
+    """A small server on the running loop. `metrics` makes a scrape, and is None while there is nothing to tell;
+    `reasons` says why a request would not be served now, empty when it would. Both may be set anew at any time."""
 
-    def __init__(self, metrics: Callable[[], Awaitable[bytes]], reasons: Callable[[], list[str]]) -> None:
-        self._metrics = metrics
-        self._reasons = reasons
+    def __init__(self, metrics: Callable[[], Awaitable[bytes]] | None, reasons: Callable[[], list[str]]) -> None:
+        self.metrics = metrics
+        self.reasons = reasons
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
         self.url = ""
@@ -75,8 +75,10 @@ class MetricsHttp:
             return 405, _JSON, _error(f"{path} serves GET, not {method}")
         match path:
             case "/metrics":
+                if self.metrics is None:
+                    return 503, _JSON, _error("; ".join(self.reasons()))
                 try:
-                    return 200, METRICS_TYPE, await self._metrics()
+                    return 200, METRICS_TYPE, await self.metrics()
                 except Exception:  # a bug here must not look like an engine that is gone
                     _log.exception("metrics failed", every=60.0)
                     return 500, _JSON, _error("the log says more")
@@ -84,7 +86,7 @@ class MetricsHttp:
                 # Whoever reads this knows that the event loop turns.
                 return 200, _JSON, b'{"status":"ok"}'
             case "/ready":
-                reasons = self._reasons()
+                reasons = self.reasons()
                 return (503 if reasons else 200), _JSON, json.dumps({"ready": not reasons, "reasons": reasons}).encode()
             case _:
                 return 404, _JSON, _error("there is nothing here; there are /metrics, /health and /ready")

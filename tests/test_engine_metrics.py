@@ -280,6 +280,8 @@ def test_every_page_and_every_refusal_of_the_small_server() -> None:
             broken = True
             assert (await ask(f"{http.url}/metrics"))[0] == 500
             assert (await ask(f"{http.url}/health"))[0] == 200
+            http.metrics = None
+            assert await ask(f"{http.url}/metrics") == (503, '{"error": "the engine is draining"}')
         finally:
             await http.close()
             await http.close()
@@ -313,9 +315,10 @@ def test_an_engine_that_drains_or_hangs_is_not_ready_and_still_scraped(monkeypat
     monkeypatch.setattr(daemon, "_STATS_LIMIT", 0.05)
 
     async def main() -> None:
-        config = EngineConfig(model="m", executor="fake", fake=INSTANT, metrics_port=0)
+        config = EngineConfig(model="m", executor="fake", fake=INSTANT)
         bus = ZmqBus(Peer("engine", "e1", 1))
         engine = Engine(config, "e1", 1, open_executor(config), None, bus)
+        http = MetricsHttp(engine.metrics, engine.not_ready)
         stuck, free = threading.Event(), threading.Event()
 
         def hang() -> None:
@@ -324,8 +327,7 @@ def test_an_engine_that_drains_or_hangs_is_not_ready_and_still_scraped(monkeypat
 
         try:
             await engine.start()
-            http = engine._http
-            assert http is not None
+            await http.start("127.0.0.1", 0)
             assert await ready(http) == (200, [])
             assert "microserve_engine_leases 0.0" in (await ask(f"{http.url}/metrics"))[1]
             engine.verbs.drain()
@@ -342,6 +344,7 @@ def test_an_engine_that_drains_or_hangs_is_not_ready_and_still_scraped(monkeypat
             assert "microserve_engine_running 0.0" in text
         finally:
             free.set()
+            await http.close()
             await engine.stop()
             await bus.close()
 

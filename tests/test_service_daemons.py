@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import socket
 import threading
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,16 +40,25 @@ async def blocks_once(request, fleet, *, marker: str = ""):
 """
 
 
+def get(port: int, path: str) -> tuple[int, object]:
+    """Status and JSON of a page of this machine."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
+    with closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
 class Fleet:
     """A router and engines under managers, on ports of their own."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self._stack = stack
-        bus, http = free_ports(2)
+        bus, http_port = free_ports(2)
         self.bus = f"tcp://127.0.0.1:{bus}"
-        self.http = f"http://127.0.0.1:{http}"
-        self._http_port = http
+        self.http = f"http://127.0.0.1:{http_port}"
+        self._http_port = http_port
         self._clients: list[Client] = []
 
     def router(self, *arguments: str) -> Unit:
@@ -135,19 +145,27 @@ def test_a_router_that_says_ready_serves(fleet: Fleet) -> None:
 def test_an_engine_says_what_it_loads_asks_for_time_and_is_ready_when_it_serves(fleet: Fleet) -> None:
     pipe = fleet.folder / "pipe"
     os.mkfifo(pipe)
-    (port,) = free_ports(1)
-    engine = fleet.engine("--bind", f"tcp://127.0.0.1:{port}", module=("tests.slow_engine_child", str(pipe)))
+    port, http_port = free_ports(2)
+    engine = fleet.engine(
+        *("--bind", f"tcp://127.0.0.1:{port}", "--metrics-port", str(http_port)),
+        module=("tests.slow_engine_child", str(pipe)),
+    )
     asked = engine.manager.until("EXTEND_TIMEOUT_USEC")
     assert asked == {"EXTEND_TIMEOUT_USEC": "30000000", "STATUS": "loading weights: 20%"}
     engine.manager.until("EXTEND_TIMEOUT_USEC"), engine.manager.until("WATCHDOG")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+    assert get(http_port, "/health") == (200, {"status": "ok"})
+    why = "the engine is starting: loading weights: 20%"
+    assert get(http_port, "/ready") == (503, {"ready": False, "reasons": [why]})
+    assert get(http_port, "/metrics") == (503, {"error": why})
     pipe.write_bytes(b"loaded")
     compiling = engine.manager.until("EXTEND_TIMEOUT_USEC", holds=lambda told: "compiling" in told["STATUS"])
     assert re.fullmatch(r"compiling kernels: \d+ so far", compiling["STATUS"])
     assert not any("READY" in told for told in engine.manager.told())
     pipe.write_bytes(b"compiled")
     assert engine.manager.until("READY")["STATUS"] == "ready: 0 running, 0 waiting, 0 of 8192 pages in use"
+    assert get(http_port, "/ready") == (200, {"ready": True, "reasons": []})
     socket.create_connection(("127.0.0.1", port)).close()
 
 
