@@ -138,7 +138,7 @@ class RouterCore:
         self._sweeping: asyncio.TimerHandle | None = None
         metrics.active, metrics.queued = lambda: len(self._active), lambda: len(self._queue)
         metrics.engines = self.fleet.snapshot
-        metrics.versions = self.versions.active_versions
+        metrics.versions = self._versions_in_use
         metrics.serving, metrics.events = self.versions.serving, lambda: self.events.counts
         metrics.version, metrics.started_at = version, time.time()
         self._meeting: asyncio.TimerHandle | None = None
@@ -377,6 +377,10 @@ class RouterCore:
         if low < 0 or high >= model.vocab_size:
             wrong = low if low < 0 else high
             raise InvalidRequest(f"token {wrong} is not one of the model's {model.vocab_size}", param="prompt")
+
+    def _versions_in_use(self) -> set[str]:
+        running = {generation.strategy_version for generation in (*self._active, *self._queue)}
+        return self.versions.active_versions() | running
 
     def _waited(self, generation: Generation) -> None:
         if generation.state is State.QUEUED:

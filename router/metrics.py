@@ -100,7 +100,7 @@ class RouterMetrics(Collector):
         self.started_at = 0.0
         """Unix time, seconds."""
         self.versions: Callable[[], set[str]] = set
-        """The versions that serve now: others that have ended are counted together, so that labels stay few."""
+        """The versions that serve or finish requests now: others are counted together, so that labels stay few."""
         registry.register(self)
 
     # --- counting --------------------------------------------------------------------------------------------------

@@ -62,6 +62,34 @@ def test_figures_by_version() -> None:
     run_virtual(main())
 
 
+def test_versions_of_the_past_are_counted_together_and_those_in_use_are_not() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            first = world.generate(request_id="stays")
+            await world.settle()
+            await engine.tokens(7, call=0)
+            for turn in range(1, 41):
+                world.core.versions.set("prefill_decode", {"min_remote": turn})
+                generation = world.generate(request_id=f"q{turn}")
+                await world.settle()
+                generation.cancel()
+                await world.settle()
+            await asyncio.sleep(0.3)
+            await engine.finish(8, call=0)
+            await world.settle()
+            figures = {each.version: each for each in world.core.strategies().figures}
+            assert len(figures) <= 18
+            assert figures[first.strategy_version].requests == 1
+            assert figures[first.strategy_version].output_tokens == 2
+            assert sum(each.requests for each in figures.values()) == 41
+            assert figures["other"].requests >= 24
+            labels = {"model": "m", "strategy": first.strategy_version}
+            assert world.registry.get_sample_value("microserve_router_itl_seconds_count", labels) == 1
+
+    run_virtual(main())
+
+
 def test_times_tokens_and_outcomes_of_a_request() -> None:
     async def main() -> None:
         async with World() as world:
