@@ -22,7 +22,7 @@ from tests.tokenizer_zoo import write_checkpoint
 
 from microserve.runtime.errors import ConfigError
 from microserve.tools.up import Plan, _parser, usable_cores
-from microserve.tools.up_screen import Screen
+from microserve.tools.up_screen import Screen, command_name, usage_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,9 +101,15 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "or:  microserve chat --router tcp://127.0.0.1:9"
 
 
-def test_the_curl_example_is_a_valid_request() -> None:
-    from microserve.tools.up_screen import usage_lines
+def test_the_example_finds_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_name("/a b/.venv/bin/microserve") == "'/a b/.venv/bin/microserve'"
+    assert command_name("/lib/pytest/__main__.py") == "microserve"
+    (tmp_path / "microserve").touch(mode=0o755)
+    assert command_name("/a b/.venv/bin/microserve") == "microserve"
 
+
+def test_the_curl_example_is_a_valid_request() -> None:
     (curl,) = [line for line in usage_lines(STATUS, "x") if line.startswith("try: curl")]
     body = json.loads(re.search(r"-d '(.*)'$", curl)[1])  # type: ignore[index]
     assert body == {"model": "llama", "messages": [{"role": "user", "content": "Hello!"}]}

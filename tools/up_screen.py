@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from microserve.tools.common import DEFAULT_ROUTER
@@ -63,7 +67,7 @@ class Screen:
 
     def announce(self, status: StatusReply) -> None:
         """Everything is ready: how to use it, above the screen, where it can be copied."""
-        for line in usage_lines(status, self._router):
+        for line in usage_lines(status, self._router, command_name(sys.argv[0])):
             if self._live is None:
                 print(line, flush=True)
             else:
@@ -107,12 +111,17 @@ def troubles(children: Sequence[Child]) -> list[str]:
     ]
 
 
-def usage_lines(status: StatusReply, router: str) -> list[str]:
-    """How to send a first request, ready to be copied."""
+def usage_lines(status: StatusReply, router: str, command: str = "microserve") -> list[str]:
+    """How to send a first request, ready to be copied. `command`: how our own command is called here."""
     model = status.engines[0].info.model.name if status.engines else "MODEL"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return [
         f"serving {model} at {status.http}/v1",
         f"try: curl {status.http}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
-        "or:  microserve chat" + ("" if router == DEFAULT_ROUTER else f" --router {router}"),
+        f"or:  {command} chat" + ("" if router == DEFAULT_ROUTER else f" --router {router}"),
     ]
+
+
+def command_name(called: str) -> str:
+    """How to call `microserve` again, where it was `called` so: its path, where the name alone would not be found."""
+    return "microserve" if shutil.which("microserve") or Path(called).name != "microserve" else shlex.quote(called)
