@@ -196,8 +196,8 @@ def test_a_strategy_is_edited_checked_applied_compared_and_rolled_back(cluster: 
             served = it.rows("versions")[0]
             assert served[0].startswith("data_parallel@")
             # What it served is beside the newcomer, which has served nothing.
-            assert (served[3] != "0", "-" in served[5:14]) == (True, False)
-            assert it.rows("versions")[1][3:6] == ["0", "0", "-"]
+            assert (served[2] != "0", "-" in served[4:13]) == (True, False)
+            assert it.rows("versions")[1][2:5] == ["0", "0", "-"]
             assert "ratio=0.4" in it.rows("versions")[1][14]
             assert len(it.rows("history")) == 2
             await it.press("b")

@@ -13,6 +13,7 @@ from microserve.tools.tui.model import (
     FleetTrack,
     LinkTrack,
     brought,
+    fitting,
     matches,
     nbytes,
     number,
@@ -158,3 +159,10 @@ def test_a_sub_request_that_failed_says_how() -> None:
     assert brought(failed) == "1s [16,999) transfer_failed"
     nothing = timeline(replace(REQUEST, sub_requests=[], first_token=None), 80)
     assert nothing[1].plain == "nothing was asked of an engine yet"
+
+
+def test_a_line_is_cut_between_its_parts() -> None:
+    assert fitting(["a router", "up 3 s", "where"], 22) == "a router · up 3 s"
+    assert fitting(["a router", "up 3 s", "where"], 25) == "a router · up 3 s · where"
+    assert fitting(["a router"], 3) == "a router"
+    assert fitting(["路由", "up"], 8) == "路由"

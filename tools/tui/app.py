@@ -18,7 +18,7 @@ from microserve.tools.tui.cache import CachePane
 from microserve.tools.tui.dialogs import Help
 from microserve.tools.tui.events import EventsPane
 from microserve.tools.tui.fleet import FleetPane
-from microserve.tools.tui.model import FleetTrack, number, sparkline
+from microserve.tools.tui.model import FleetTrack, fitting, number, sparkline
 from microserve.tools.tui.requests import RequestsPane
 from microserve.tools.tui.strategies import StrategiesPane
 
@@ -163,7 +163,7 @@ class TopApp(App[None]):
             self._router.update(f"microserve top · {self._endpoint}")
             return
         parts = [f"router {status.router} {status.version}", f"up {duration(status.uptime)}", status.strategy]
-        self._router.update(" · ".join([*parts, status.http] if status.http else parts))
+        self._router.update(fitting([*parts, status.http] if status.http else parts, self.size.width - 2))
         states: dict[str, int] = {}
         for engine in status.engines:
             states[engine.state] = states.get(engine.state, 0) + 1

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from microserve.tools.fleet_view import duration
@@ -162,6 +163,16 @@ class LinkTrack:
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def fitting(parts: Sequence[str], width: int, between: str = " · ") -> str:
+    """As many of the parts as `width` columns hold, and the first in any case."""
+    line, *rest = parts
+    for part in rest:
+        if cell_len(longer := line + between + part) > width:
+            break
+        line = longer
+    return line
 
 
 def sparkline(values: Sequence[float], width: int, *, top: float = 0.0) -> str:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import ActiveStrategy, Strategies, VersionFigures
     from microserve.tools.tui.live_table import Cell
 
-_SERVING = ("version", "share>", "model", "done>", "err>", "TTFT>", "p50>", "p99>", "TPOT>", "p50 >", "p99 >", "JCT>",
-            "p50  >", "p99  >", "settings")  # fmt: skip
+_TIMES = ("ttft", "tpot", "jct")
+_KINDS = ("mean", "p99", "p50")
+# What 80 columns hold comes first.
+_SERVING = ("version", "share>", "done>", "err>", "TTFT>", "TPOT>", "JCT>", "TTFT p99>", "TPOT p99>", "JCT p99>",
+            "TTFT p50>", "TPOT p50>", "JCT p50>", "model", "settings")  # fmt: skip
 _EVERY = 2.0
 """Seconds between looks: the router reads the sources of strategies again for each."""
 
@@ -49,7 +52,7 @@ class StrategiesPane(Pane):
         self._problems = Static("", id="problems", classes="details", markup=False)
 
     def compose(self) -> ComposeResult:
-        yield Static("serving: times are means and percentiles since the router's start", classes="caption")
+        yield Static("serving: times without p50 or p99 are means since the router's start", classes="caption")
         yield self._versions
         yield Static("to choose from: Enter edits and applies", classes="caption")
         yield self._choices
@@ -162,18 +165,13 @@ def _version_row(active: ActiveStrategy | None, key: tuple[str, str], figures: V
     cells: list[Cell] = [
         version if active is not None else Text(version, "dim"),
         f"{active.share:.0%}" if active is not None else "-",
-        model or "*",
     ]
     if figures is None:
-        cells += ["0", "0", *["-"] * 9]
+        cells += ["0", "0", *["-"] * (len(_TIMES) * len(_KINDS))]
     else:
         cells += [number(figures.requests), number(figures.errors)]
-        cells += [
-            seconds(getattr(figures, f"{name}_{what}"))
-            for name in ("ttft", "tpot", "jct")
-            for what in ("mean", "p50", "p99")
-        ]
-    return [*cells, _settings(active.settings) if active is not None else ""]
+        cells += [seconds(getattr(figures, f"{name}_{kind}")) for kind in _KINDS for name in _TIMES]
+    return [*cells, model or "*", _settings(active.settings) if active is not None else ""]
 
 
 def _settings(settings: Mapping[str, object]) -> str:
