@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.router_support import World, read
@@ -13,27 +16,40 @@ from tests.virtual_time import run_virtual
 from microserve.router.metrics import RouterMetrics
 from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.runtime.errors import Busy, ModelNotFound, TransferFailed
-from microserve.runtime.series import Series
+from microserve.runtime.series import FAST, Series
 
 
 def test_a_series_counts_by_upper_bound() -> None:
     series = Series((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 7.0):
+    for value in (0.5, 1.0, 1.2, 1.9, 7.0):
         series.observe(value)
-    assert series.counts == [2, 1, 1]
-    assert series.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
-    assert series.total == 10.0
+    assert series.buckets() == [("1.0", 2.0), ("2.0", 4.0), ("+Inf", 5.0)]
+    assert series.total == 11.6
 
 
 def test_mean_and_percentiles_of_a_series() -> None:
-    series = Series((1.0, 2.0, 4.0))
+    series = Series((1.0, 1.25, 2.5))
     assert (series.mean(), series.percentile(0.5)) == (None, None)
-    for value in (0.5, 1.5, 1.5, 3.0):
+    for value in (0.5, 1.2, 1.2, 2.4):
         series.observe(value)
-    assert series.mean() == 6.5 / 4
-    assert [series.percentile(share) for share in (0.25, 0.5, 0.75, 0.875, 1.0)] == [1.0, 1.5, 2.0, 3.0, 4.0]
+    assert series.mean() == 5.3 / 4
+    # Within a bucket, values are taken to lie at equal distances: (1, 1.25], and the last quarter of (1.25, 2.5].
+    low = 1.25 * 2**0.75
+    quarters = [series.percentile(share) for share in (0.125, 0.25, 0.5, 0.75, 0.875, 1.0)]
+    assert quarters == pytest.approx([0.5, 1.0, 1.125, 1.25, (low + 2.5) / 2, 2.5])
     series.observe(9.0)
-    assert series.percentile(0.99) == 4.0
+    assert series.percentile(0.99) == 2.5
+
+
+@given(st.lists(st.floats(FAST[0], FAST[-1], exclude_min=True), min_size=1), st.floats(0.01, 1.0))
+def test_a_percentile_is_a_quarter_off_at_most(values: list[float], share: float) -> None:
+    series = Series(FAST)
+    for value in values:
+        series.observe(value)
+    exact = sorted(values)[math.ceil(share * len(values)) - 1]
+    found = series.percentile(share)
+    assert found is not None
+    assert exact / 1.2501 <= found <= exact * 1.2501
 
 
 def test_figures_by_version() -> None:
@@ -55,9 +71,8 @@ def test_figures_by_version() -> None:
             assert figures.ttft_mean == pytest.approx(0.2)
             assert figures.jct_mean == pytest.approx(0.3)
             assert figures.tpot_mean == pytest.approx(0.05)
-            # Buckets of the histogram: 0.1 to 0.25 s, 0.25 to 0.5 s.
-            assert figures.ttft_p50 == pytest.approx(0.175)
-            assert figures.jct_p50 == pytest.approx(0.375)
+            assert figures.ttft_p50 == pytest.approx(0.2, rel=0.25)
+            assert figures.jct_p50 == pytest.approx(0.3, rel=0.25)
 
     run_virtual(main())
 
