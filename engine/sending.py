@@ -88,14 +88,18 @@ class _Send:
         "way",
     )
 
-    def __init__(self, sub: SubCall, address: KvAddress, tokens: TokenArray, range: Range, began: float) -> None:
+    def __init__(
+        self, sub: SubCall, address: KvAddress, prompt: TokenArray, range: Range, page_size: int, began: float
+    ) -> None:
         self.sub = sub
         self.address = address
-        self.tokens = tokens
-        """The prompt up to the end of the range."""
+        self.tokens = prompt[: range.end]
         self.range = range
         self.began = began
-        self.request = Request(tokens, _NOTHING_SAMPLED, request_id=sub.request_id, sub_id=sub.sub_id, sends=True)
+        # Up to the end of a page, where the prompt has it: only whole pages are found in the prefix tree, and kept.
+        whole = -(-range.end // page_size) * page_size
+        known = prompt[:whole] if whole <= len(prompt) else self.tokens
+        self.request = Request(known, _NOTHING_SAMPLED, request_id=sub.request_id, sub_id=sub.sub_id, sends=True)
         self.claiming: asyncio.Task[None] | None = None
         self.way: Way | None = None
         self.claim: int | None = None
@@ -165,7 +169,7 @@ class Sends:
             sub.reply(SendReport(computed=0, reused=0, bytes=0, seconds=0.0))
             return
         now = self._clock()
-        send = _Send(sub, body.address, tokens[: range.end], range, now)
+        send = _Send(sub, body.address, tokens, range, info.layout.page_size, now)
         sub.stop = lambda error: self._fail(send, error)
         self._live.add(send)
         self._sinks[send.request] = lambda output: self._take(send, output)

@@ -350,7 +350,7 @@ def test_engines_are_cut_off_from_each_other() -> None:
         await fleet.until(lambda: link_of(a, "b").state == "ready", limit=20.0)
         await evict(fleet, b)
         kv = await fleet.prep_recv(b, LONG, end=-1)
-        assert (await fleet.remote_send(a, LONG, kv)).reused == 116
+        assert (await fleet.remote_send(a, LONG, kv)).reused == 119
         await fleet.release(b, kv)
 
     run_fleet(work)

@@ -90,8 +90,8 @@ async def alone(engines: Engines, prompt: list[int]) -> Answer:
 async def split_between(engines: Engines, prompt: list[int], split: int | None, *senders: str) -> Answer:
     """The senders share [matched, split) in whole pages; e0 computes the rest and decodes.
 
-    Nothing that is cached is computed: neither what the receiver had before, nor what a sender had of its range, in
-    whole pages of it.
+    Nothing that is cached is computed: neither what the receiver had before, nor what a sender had of its range, of
+    the page that the range ends in either.
     """
     receiver = engines["e0"]
     cached = {name: await engines[name].match(prompt) for name in {receiver.name, *senders}}
@@ -101,7 +101,7 @@ async def split_between(engines: Engines, prompt: list[int], split: int | None, 
     pages = -(-(kv.end - first) // PAGE)
     bounds = [first + PAGE * (pages * share // len(senders)) for share in range(len(senders))] + [kv.end]
     sending = [
-        (engines[name].sending(prompt, kv, begin, end), end - begin, min(cached[name], end // PAGE * PAGE) - begin)
+        (engines[name].sending(prompt, kv, begin, end), end - begin, min(cached[name], end) - begin)
         for name, begin, end in zip(senders, bounds, bounds[1:], strict=False)
         if begin < end
     ]
