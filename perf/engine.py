@@ -1,7 +1,8 @@
 """One engine process on a GPU, offline: decode by batch, prefill by length, throughput, and start to ready.
 
 Prompts are random token ids, weights are made up, sampling is greedy and ignores the end token; everything goes over
-the bus, so the figures hold for what a router sees. Decode is the slope between 32 and 256 outputs.
+the bus, so the figures hold for what a router sees. Decode is the slope between 32 and 256 outputs. With `--limits`,
+what the GPU can do at best is measured first, and beside each figure stands the least that the shape leaves it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.messages import Announce, Generated, Heartbeat, Leave, Ok, SamplingParams, StartGenerate, Stats
 from microserve.runtime.rpc import RpcServer, connect
 from microserve.runtime.zmq_bus import ZmqBus
-from perf.harness import Benchmark, Sample
+from perf.harness import Benchmark, Sample, number
+from perf.limits import measured, work_of
 from perf.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from microserve.runtime.rpc import IncomingCall, RpcClient
+    from perf.limits import Rates, Work
 
 PEER: dict[str, float] = {
     "decode 1": 4.95,
@@ -47,6 +50,7 @@ PEER: dict[str, float] = {
 
 
 AIM: dict[str, str] = {
+    "start": "15",
     "decode 1": "4.3",
     "decode 8": "4.4",
     "decode 64": "5.5",
@@ -54,7 +58,10 @@ AIM: dict[str, str] = {
     "prefill 512": "13.5",
     "prefill 2048": "46",
     "prefill 8192": "205",
+    "throughput": "6900",
 }
+_PROMPT, _SHORT, _LONG = 128, 32, 256
+"""Tokens of a decode's prompt, and outputs of its two runs."""
 
 
 def main() -> None:
@@ -64,12 +71,47 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,64,256", help="decode batches (default: %(default)s)")
     parser.add_argument("--prompts", default="512,2048,8192", help="prefill lengths (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="throughput: requests (default: %(default)s)")
+    parser.add_argument("--executor", choices=("cuda", "torch"), default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--limits", action="store_true", help="measure the GPU's limits first (perf.roofline)")
     parser.add_argument("--flags", default="", help="further flags of the engine, separated by spaces")
     args = bench.arguments(parser, repeat=3, warmup=1)
+    table = _Table(bench, work_of(SHAPES[args.shape]), measured() if args.limits else None)
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(Path(folder) / args.shape, args.shape)
-        asyncio.run(_run(bench, args, model))
+        asyncio.run(_run(table, args, model))
     bench.finish(args)
+
+
+class _Table:
+    """Rows with what they are held against: the aim, the peer's figure, and the GPU's limit where it was measured."""
+
+    def __init__(self, bench: Benchmark, work: Work, rates: Rates | None) -> None:
+        self._bench = bench
+        self._work = work
+        self._rates = rates
+
+    def start(self, sample: Sample) -> None:
+        self._row("start to ready", "start", sample, "s")
+
+    def decode(self, batch: int, sample: Sample) -> None:
+        context = _PROMPT + (_SHORT + _LONG) / 2
+        limit = 1e3 * self._work.decode_step(batch, context, self._rates) if self._rates else None
+        self._row(f"decode {batch}", f"decode {batch}", sample, "ms", limit)
+
+    def prefill(self, tokens: int, sample: Sample) -> None:
+        limit = 1e3 * self._work.prefill(tokens, self._rates) if self._rates else None
+        self._row(f"prefill {tokens}", f"prefill {tokens}", sample, "ms", limit)
+
+    def throughput(self, requests: int, prompt: int, output: int, sample: Sample) -> None:
+        limit = self._work.throughput(requests, prompt, output, self._rates) if self._rates else None
+        key = "throughput" if (requests, prompt, output) == (500, 1024, 256) else ""
+        self._row(f"{requests} x {prompt}/{output}", key, sample, "tok/s", limit)
+
+    def _row(self, name: str, key: str, sample: Sample, unit: str, limit: float | None = None) -> None:
+        notes = [f"vLLM {number(PEER[key])}"] if key in PEER else []
+        if limit is not None:
+            notes.append(f"limit {number(limit)}")
+        self._bench.row(name, sample, unit=unit, limit=AIM.get(key, ""), note="; ".join(notes))
 
 
 class _Router:
@@ -86,39 +128,41 @@ class _Router:
             call.reply(Ok())
 
 
-async def _run(bench: Benchmark, args: argparse.Namespace, model: Path) -> None:
+async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
     bus = ZmqBus(Peer("router", "perf", new_epoch()))
     router = _Router()
     listener = await bus.listen("tcp://127.0.0.1:*", router.server)
     command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
-    command += ["--executor", "cuda", "--step-tokens", "8192", "--max-running", "512", "--max-context", "16384"]
+    command += [
+        "--executor",
+        args.executor,
+        "--device",
+        "cuda:0",
+        "--step-tokens",
+        "8192",
+        "--max-running",
+        "512",
+        "--max-context",
+        "16384",
+    ]
     command += ["--routers", listener.endpoint, "--engine-id", "perf", *args.flags.split()]
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(*command, env=os.environ)
     try:
         announced = await _announced(router, process)
         ready = time.perf_counter() - began
-        bench.row("start to ready", Sample((ready,)), unit="s", limit="15 s", note=f"vLLM {PEER['start']} s")
+        table.start(Sample((ready,)))
         client = await connect(bus, announced.info.endpoint)
         load = _Load(client, announced.info.model.vocab_size)
-        await load.generate(8, 128, 16)
+        await load.generate(8, _PROMPT, 16)
         for batch in map(int, filter(None, args.batches.split(","))):
-            sample = Sample(tuple([await load.decode_step(batch) for _ in range(args.repeat)]))
-            _row(bench, f"decode {batch}", sample, "ms a step")
+            table.decode(batch, Sample(tuple([await load.decode_step(batch) for _ in range(args.repeat)])))
         for length in map(int, filter(None, args.prompts.split(","))):
             await load.generate(1, length, 1)
-            sample = Sample(tuple([1e3 * await load.generate(1, length, 1) for _ in range(args.repeat)]))
-            _row(bench, f"prefill {length}", sample, "ms")
+            table.prefill(length, Sample(tuple([1e3 * await load.generate(1, length, 1) for _ in range(args.repeat)])))
         if args.requests:
             seconds = await load.generate(args.requests, 1024, 256)
-            rate = args.requests * 256 / seconds
-            bench.row(
-                f"{args.requests} x 1024/256",
-                Sample((rate,)),
-                unit="tok/s",
-                limit="6900" if args.requests == 500 else "",
-                note=f"vLLM {PEER['throughput']:.0f}",
-            )
+            table.throughput(args.requests, 1024, 256, Sample((args.requests * 256 / seconds,)))
         stats = await client.call(Stats())
         print(json.dumps({"integrity": getattr(stats, "integrity", "?")}), file=sys.stderr)
     finally:
@@ -138,11 +182,6 @@ async def _announced(router: _Router, process: asyncio.subprocess.Process) -> An
         return router.announced.result()
     finally:
         ended.cancel()
-
-
-def _row(bench: Benchmark, name: str, sample: Sample, unit: str) -> None:
-    peer = PEER.get(name)
-    bench.row(name, sample, unit=unit, limit=AIM.get(name, ""), note=f"vLLM {peer} ms" if peer is not None else "")
 
 
 class _Load:
@@ -165,9 +204,9 @@ class _Load:
 
     async def decode_step(self, batch: int) -> float:
         """Milliseconds a step at that batch: the slope between 32 and 256 outputs."""
-        short = await self.generate(batch, 128, 32)
-        long = await self.generate(batch, 128, 256)
-        return 1e3 * (long - short) / (256 - 32)
+        short = await self.generate(batch, _PROMPT, _SHORT)
+        long = await self.generate(batch, _PROMPT, _LONG)
+        return 1e3 * (long - short) / (_LONG - _SHORT)
 
     def _body(self, prompt: int, output: int) -> StartGenerate:
         self._number += 1

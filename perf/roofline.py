@@ -1,4 +1,4 @@
-"""What the GPU can do at best, measured: copy bandwidth, bf16 matrix rate, reading weights, and copying to a peer."""
+"""What the GPU can do at best: copies, bf16 products, attention, reading weights, copying to a peer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from perf.harness import Benchmark, Sample
+from perf.limits import ATTENTION, COPY, PRODUCT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+_LENGTH, _HEADS, _SIZE = 8192, 32, 128
+"""Of the attention that is measured: one sequence, as a prefill has it."""
 
 
 def main() -> None:
@@ -37,21 +44,33 @@ def main() -> None:
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
     copied = timed(lambda: target.copy_(source))
-    bench.row("copy", Sample(tuple(2 * target.nbytes / each / 1e12 for each in copied)), unit="TB/s", note="both ways")
+    bench.row(COPY, Sample(tuple(2 * target.nbytes / each / 1e12 for each in copied)), unit="TB/s", note="both ways")
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     products = timed(lambda: a @ b)
-    bench.row("bf16 product 8192", Sample(tuple(2 * 8192**3 / each / 1e12 for each in products)), unit="TFLOP/s")
+    bench.row(PRODUCT, Sample(tuple(2 * 8192**3 / each / 1e12 for each in products)), unit="TFLOP/s")
+    q, k, v = (torch.randn(1, _HEADS, _LENGTH, _SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    rates = []
+    # Which of them is there, and the faster one, depends on the machine.
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            try:
+                seconds = timed(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
+            except RuntimeError:
+                continue
+        flops = 4 * _HEADS * _SIZE * _LENGTH**2 / 2
+        rates.append(Sample(tuple(flops / each / 1e12 for each in seconds)))
+    bench.row(ATTENTION, max(rates, key=lambda rate: rate.median), unit="TFLOP/s", note="causal, 32 heads of 128")
     for rows in (1, 8, 64, 256):
         x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
         wide = [torch.randn(28672, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
 
         def read(x: torch.Tensor = x, wide: list[torch.Tensor] = wide) -> None:
             for weight in wide:
-                torch.nn.functional.linear(x, weight)
+                linear(x, weight)
 
         nbytes = sum(weight.nbytes for weight in wide)
-        rates = tuple(nbytes / each / 1e12 for each in timed(read))
-        bench.row(f"gate_up product, {rows} rows", Sample(rates), unit="TB/s", note="weights read")
+        read_rates = tuple(nbytes / each / 1e12 for each in timed(read))
+        bench.row(f"gate_up product, {rows} rows", Sample(read_rates), unit="TB/s", note="weights read")
         del wide
     if torch.cuda.device_count() > 1:
         here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
