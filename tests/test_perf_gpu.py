@@ -29,7 +29,7 @@ time.sleep(600)
 def runs(pid: int) -> bool:
     """Whether it does anything: one that was killed is there until whoever inherits it looks."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return str(psutil.Process(pid).status()) != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
