@@ -29,9 +29,10 @@ time.sleep(600)
 def runs(pid: int) -> bool:
     """Whether it does anything: one that was killed is there until whoever inherits it looks."""
     try:
-        return str(psutil.Process(pid).status()) != psutil.STATUS_ZOMBIE
+        status: str = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return False
+    return status != "zombie"
 
 
 def test_every_step_is_tried_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
