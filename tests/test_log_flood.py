@@ -8,7 +8,7 @@ import itertools
 import json
 import socket
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -199,7 +199,8 @@ def flood_frames_without_waiting(endpoint: str, times: int) -> None:
             with context.socket(zmq.DEALER) as dealer, dealer.get_monitor_socket() as monitor:
                 dealer.setsockopt(zmq.LINGER, 0)
                 dealer.connect(endpoint)
-                dealer.send(b"let me in")
+                with suppress(zmq.Again):  # It may have been refused before that, and then there is nobody to send to.
+                    dealer.send(b"let me in", zmq.NOBLOCK)
                 while monitor.poll(round(LIMIT * 1000)):
                     event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
                     if event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
