@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from microserve.runtime.errors import ConfigError, Unauthorized
 from microserve.runtime.ids import valid_name
-from microserve.runtime.keys import check_writers, file_stamp, parse_keys, replace_file
+from microserve.runtime.keys import changing, check_writers, file_stamp, parse_keys, replace_file
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
@@ -116,36 +116,42 @@ def new_api_key(path: Path, name: str, scope: str) -> str:
         raise ConfigError(f"{name!r} is not a name of letters, digits, '.', '_' and '-'")
     if scope not in SCOPES:
         raise ConfigError(f"scope {scope!r} is none of {', '.join(SCOPES)}")
-    known = read_api_keys(path) if path.exists() else []
-    if any(each.name == name for each in known):
-        raise ConfigError(f"{name!r} has an API key in {path} already; revoke it first")
-    ids = {each.id for each in known}
-    while (public := secrets.token_hex(4)) in ids:
-        pass
-    key = f"{_PREFIX}_{public}_{secrets.token_urlsafe(32)}"
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    entry = msgspec.convert({"name": name, "scope": scope, "id": public, "digest": digest}, ApiKey)
-    _write(path, [*known, entry])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with changing(path.parent):
+            known = read_api_keys(path) if path.exists() else []
+            if any(each.name == name for each in known):
+                raise ConfigError(f"{name!r} has an API key in {path} already; revoke it first")
+            ids = {each.id for each in known}
+            while (public := secrets.token_hex(4)) in ids:
+                pass
+            key = f"{_PREFIX}_{public}_{secrets.token_urlsafe(32)}"
+            digest = hashlib.sha256(key.encode()).hexdigest()
+            entry = msgspec.convert({"name": name, "scope": scope, "id": public, "digest": digest}, ApiKey)
+            _write(path, [*known, entry])
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     return key
 
 
 def revoke_api_key(path: Path, name: str) -> bool:
     """Lets a name in no longer. Whether it was. Raises `ConfigError`."""
-    known = read_api_keys(path)
-    kept: Sequence[ApiKey] = [each for each in known if each.name != name]
-    if len(kept) == len(known):
-        return False
-    _write(path, kept)
+    try:
+        with changing(path.parent):
+            known = read_api_keys(path)
+            kept: Sequence[ApiKey] = [each for each in known if each.name != name]
+            if len(kept) == len(known):
+                return False
+            _write(path, kept)
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     return True
 
 
 def _write(path: Path, entries: Iterable[ApiKey]) -> None:
+    """Raises `OSError`."""
     lines = ["# Who may use the HTTP interface of routers. They read it again when it changes.", ""]
     for each in entries:
         # Names and hexadecimal digits need no escaping.
         lines += ["[[keys]]", *(f"{field} = '{value}'" for field, value in msgspec.structs.asdict(each).items()), ""]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(path, "\n".join(lines), 0o644)
-    except OSError as error:
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+    replace_file(path, "\n".join(lines), 0o644)

@@ -14,9 +14,11 @@ files and rules, and no sockets.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import os
 import stat
+import string
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from microserve.runtime.errors import ConfigError, Forbidden, Unauthorized
 from microserve.runtime.ids import valid_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from microserve.runtime.ids import Peer
     from microserve.runtime.messages import Hello
@@ -43,6 +45,8 @@ AUTHORIZED_FILE = "authorized.toml"
 
 KEY_LENGTH = 40
 """Characters of a key, public or secret, in Z85."""
+
+_Z85 = frozenset(string.ascii_letters + string.digits + ".-:+=^!/*?&<>()[]{}@%$#")
 
 S = TypeVar("S", bound=Struct)
 
@@ -129,11 +133,16 @@ def read_authorized(path: Path) -> list[AuthorizedKey]:
     check_writers(path)
     found = parse_keys(path, _Authorized).keys
     names: set[str] = set()
+    publics: dict[str, str] = {}
     for each in found:
         if each.name in names:
             raise ConfigError(f"{path}: the name {each.name!r} stands there twice")
         names.add(each.name)
         _check_keys(path, (each.public,))
+        # Revoking one of the two names would leave the key let in.
+        if each.public in publics:
+            raise ConfigError(f"{path}: {publics[each.public]!r} and {each.name!r} have the same key")
+        publics[each.public] = each.name
     return found
 
 
@@ -255,23 +264,24 @@ def new_identity(folder: Path, name: str, role: str, pair: Callable[[], KeyPair]
     authorized = folder / AUTHORIZED_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        known = read_authorized(authorized) if authorized.exists() else []
-        if any(each.name == name for each in known):
-            raise ConfigError(f"{name!r} has a key in {folder} already; revoke it first")
-        if path.exists():
-            raise ConfigError(f"{name!r} is not authorized, but {path} is there still; remove it first")
-        fleet_file = folder / FLEET_FILE
-        if not fleet_file.exists():
+        with changing(folder):
+            known = read_authorized(authorized) if authorized.exists() else []
+            if any(each.name == name for each in known):
+                raise ConfigError(f"{name!r} has a key in {folder} already; revoke it first")
+            if path.exists():
+                raise ConfigError(f"{name!r} is not authorized, but {path} is there still; remove it first")
+            fleet_file = folder / FLEET_FILE
+            if not fleet_file.exists():
+                public, secret = pair()
+                _write_secret(fleet_file, {"public": public, "secret": secret})
+            fleet = _read_secret(fleet_file, FleetKey, (lambda found: (found.public, found.secret)))
             public, secret = pair()
-            _write_secret(fleet_file, {"public": public, "secret": secret})
-        fleet = _read_secret(fleet_file, FleetKey, (lambda found: (found.public, found.secret)))
-        public, secret = pair()
-        values = {"name": name, "role": role, "public": public, "secret": secret, "fleet_public": fleet.public}
-        if role in DAEMONS:
-            values["fleet_secret"] = fleet.secret
-        _write_secret(path, values)
-        entry = msgspec.convert({"name": name, "role": role, "public": public}, AuthorizedKey)
-        write_authorized(authorized, [*known, entry])
+            values = {"name": name, "role": role, "public": public, "secret": secret, "fleet_public": fleet.public}
+            if role in DAEMONS:
+                values["fleet_secret"] = fleet.secret
+            _write_secret(path, values)
+            entry = msgspec.convert({"name": name, "role": role, "public": public}, AuthorizedKey)
+            write_authorized(authorized, [*known, entry])
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     except msgspec.ValidationError as error:
@@ -282,17 +292,21 @@ def new_identity(folder: Path, name: str, role: str, pair: Callable[[], KeyPair]
 def authorize(folder: Path, name: str, role: str, public: str) -> None:
     """Lets a public key in that was made elsewhere. Raises `ConfigError`."""
     path = folder / AUTHORIZED_FILE
-    known = read_authorized(path) if path.exists() else []
     if not valid_name(name):
         raise ConfigError(f"{name!r} is not a name of letters, digits, '.', '_' and '-'")
     if role not in ROLES:
         raise ConfigError(f"role {role!r} is none of {', '.join(ROLES)}")
     _check_keys(path, (public,))
-    if any(each.name == name for each in known):
-        raise ConfigError(f"{name!r} is authorized already; revoke it first")
     entry = msgspec.convert({"name": name, "role": role, "public": public}, AuthorizedKey)
     try:
-        write_authorized(path, [*known, entry])
+        with changing(folder):
+            known = read_authorized(path) if path.exists() else []
+            for each in known:
+                if each.name == name:
+                    raise ConfigError(f"{name!r} is authorized already; revoke it first")
+                if each.public == public:
+                    raise ConfigError(f"that key is authorized already, as {each.name!r}; revoke it first")
+            write_authorized(path, [*known, entry])
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
 
@@ -300,15 +314,29 @@ def authorize(folder: Path, name: str, role: str, public: str) -> None:
 def revoke(folder: Path, name: str) -> bool:
     """Lets a name in no longer; its key file stays where it is. Whether it was authorized. Raises `ConfigError`."""
     path = folder / AUTHORIZED_FILE
-    known = read_authorized(path)
-    kept = [each for each in known if each.name != name]
-    if len(kept) == len(known):
-        return False
     try:
-        write_authorized(path, kept)
+        with changing(folder):
+            known = read_authorized(path)
+            kept = [each for each in known if each.name != name]
+            if len(kept) == len(known):
+                return False
+            write_authorized(path, kept)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     return True
+
+
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Around reading a list in `folder` and writing it anew: of two commands at once the second waits, and sees what
+    the first has written; else a key that one revokes could come back with the other's list. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_authorized(path: Path, entries: Iterable[AuthorizedKey]) -> None:
@@ -346,6 +374,8 @@ def _check_keys(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         if len(key) != KEY_LENGTH:
             raise ConfigError(f"{path}: a key has {KEY_LENGTH} characters, one there has {len(key)}")
+        if not _Z85.issuperset(key):
+            raise ConfigError(f"{path}: a key is Z85 text, and one there has other characters")
 
 
 def check_writers(path: Path) -> None:

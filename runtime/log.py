@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
@@ -139,6 +140,18 @@ def setup_logging(
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(_LEVELS[level])
+
+
+def last_words(name: str, message: str, *, bug: bool = False, environ: Mapping[str, str] = os.environ) -> None:
+    """Why this process ends, on standard error: as logging was set up, or plainly; in the journal it is an error, as
+    what was logged is. With `bug` comes the traceback of the exception that is being handled."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logging.getLogger(__name__).error("this process ends", exc_info=bug, extra={"fields": {"error": message}})
+        return
+    text = f"{traceback.format_exc() if bug else ''}{name}: error: {message}"
+    if _is_journal(sys.stderr, environ):
+        text = "\n".join(f"<3>{line}" for line in text.splitlines())
+    print(text, file=sys.stderr, flush=True)
 
 
 class LineFormatter(logging.Formatter):

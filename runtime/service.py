@@ -7,15 +7,13 @@ import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
-import traceback
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import CheckpointError, ConfigError, MicroserveError
-from microserve.runtime.log import get_logger
+from microserve.runtime.log import get_logger, last_words
 from microserve.runtime.systemd import Notifier
 
 if TYPE_CHECKING:
@@ -38,6 +36,8 @@ _MORE_TIME = 30.0
 """Seconds that a start-up asks for, again and again, while it moves."""
 _TELL_START = 10.0
 """Seconds between lines in the log about a start-up that takes long."""
+_SIGN_AGAIN = 1.0
+"""Seconds until a sign of life that could not be sent is sent again."""
 _STOP_SLACK = 15.0
 """Seconds that a service gets, above what its drain may take, to say goodbye and to end its threads."""
 
@@ -179,10 +179,15 @@ class Lifecycle:
         self.notifier.ready(self._status() if self._status is not None else "")
 
     async def _feed(self, interval: float) -> None:
+        log = get_logger(__name__)
         while True:
-            if self.healthy():
-                self.notifier.alive()
-            await asyncio.sleep(interval)
+            told = False
+            try:
+                # What was not sent is sent again soon: a busy manager must not take two lost signs for a hang.
+                told = not self.healthy() or self.notifier.alive()
+            except Exception:  # a bug in looking is no life, and must be told
+                log.exception("whether this service is healthy cannot be said: a bug", every=60.0)
+            await asyncio.sleep(interval if told else min(interval, _SIGN_AGAIN))
 
     async def _ask_for_time(self, look: Callable[[], str | None], interval: float) -> None:
         log, began, told = get_logger(__name__), monotonic(), monotonic()
@@ -198,8 +203,12 @@ class Lifecycle:
             await asyncio.sleep(interval)
 
     async def _tell_status(self, status: Callable[[], str]) -> None:
+        log = get_logger(__name__)
         while not self.draining.is_set():
-            self.notifier.status(status())
+            try:
+                self.notifier.status(status())
+            except Exception:  # a bug once must not leave an old status there for months
+                log.exception("the status cannot be told: a bug", every=60.0)
             await asyncio.sleep(STATUS_INTERVAL)
 
 
@@ -219,20 +228,19 @@ def run_service(
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(_supervised(main, environ))
     except (ConfigError, CheckpointError) as error:
-        _tell(name, error.message)
+        last_words(name, error.message)
         return EXIT_CONFIG
     except MicroserveError as error:
-        _tell(name, error.message)
+        last_words(name, error.message)
         return EXIT_FAILED
     except OSError as error:
-        _tell(name, str(error))
+        last_words(name, str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:
         # The last line of defence of a process: a bug is shown whole, and the supervisor sees a failure.
-        traceback.print_exc()
-        _tell(name, "internal error (the traceback above is a bug)")
+        last_words(name, "internal error (the traceback above is a bug)", bug=True)
         return EXIT_FAILED
     return EXIT_OK
 
@@ -281,7 +289,3 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
-
-
-def _tell(name: str, message: str) -> None:
-    print(f"{name}: error: {message}", file=sys.stderr, flush=True)

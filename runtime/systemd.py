@@ -51,9 +51,9 @@ class Notifier:
             self._status = text
             self._send(0.0, STATUS=text)
 
-    def alive(self) -> None:
-        """A sign of life for the watchdog."""
-        self._send(0.0, WATCHDOG=1)
+    def alive(self) -> bool:
+        """A sign of life for the watchdog. False: the manager's queue is full, or it is gone."""
+        return self._send(0.0, WATCHDOG=1)
 
     def extend_start(self, seconds: float, status: str) -> None:
         """Start-up takes longer than the unit allows: `seconds` more from now."""
@@ -76,10 +76,10 @@ class Notifier:
         if sock is not None:
             sock.close()
 
-    def _send(self, patience: float, /, **fields: object) -> None:
-        """A manager that does not read must not hold up the service, but for `patience` seconds."""
+    def _send(self, patience: float, /, **fields: object) -> bool:
+        """Whether it was sent. A manager that does not read holds the service up for `patience` seconds at most."""
         if self._socket is None:
-            return
+            return False
         # A newline would begin another field.
         text = "\n".join(f"{key}={str(value).replace(chr(10), ' ')}" for key, value in fields.items())
         self._socket.settimeout(patience)
@@ -87,6 +87,8 @@ class Notifier:
             self._socket.sendto(text.encode(), self._address)
         except OSError as error:
             _log.warning("the service manager cannot be told", every=60.0, error=error)
+            return False
+        return True
 
 
 def _address(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 from tests.bus_support import PATIENCE, Recorder, Signal
 
+from microserve.runtime import api_keys, keys
 from microserve.runtime.errors import ConfigError, Forbidden, PeerLost, Unauthorized
 from microserve.runtime.ids import Peer
 from microserve.runtime.keys import (
@@ -22,11 +24,12 @@ from microserve.runtime.keys import (
     new_identity,
     read_authorized,
     read_identity,
+    replace_file,
     revoke,
     write_authorized,
 )
 from microserve.runtime.messages import Call as CallMessage
-from microserve.runtime.messages import EngineEvent, Info, Load
+from microserve.runtime.messages import EngineEvent, Hello, Info, Load
 from microserve.runtime.zmq_bus import ZmqBus, new_key_pair
 
 if TYPE_CHECKING:
@@ -134,7 +137,8 @@ def test_a_key_that_is_not_authorized_does_not_get_in(folder: Path) -> None:
         router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, "me", CLIENT), Recorder()
         try:
             listener = await router.listen("tcp://127.0.0.1:*", server)
-            await refused(dialler, listener.endpoint, Unauthorized)
+            # Before a word of ours is read: what answers later says "is not authorized here".
+            assert "refused our key" in await refused(dialler, listener.endpoint, Unauthorized)
             await counted(router)
             assert server.sessions == []
         finally:
@@ -142,6 +146,17 @@ def test_a_key_that_is_not_authorized_does_not_get_in(folder: Path) -> None:
             await router.close()
 
     run(work)
+
+
+def test_a_hello_is_not_believed_without_its_key_in_the_list(folder: Path) -> None:
+    """Whoever comes past the sockets' own question: a list may change between the two."""
+    security = BusSecurity.load(folder / "router-0.key")
+    hello, public = Hello(1, "client", "somebody", 1), read_identity(folder / "me.key").public
+    assert security.admit(hello, public) == "client"
+    revoke(folder, "me")
+    security.ring.reload()
+    with pytest.raises(Unauthorized, match="is not authorized here"):
+        security.admit(hello, public)
 
 
 @pytest.mark.parametrize(
@@ -304,10 +319,14 @@ def test_a_list_that_became_unreadable_changes_nothing(folder: Path, monkeypatch
     run(work)
 
 
-def test_events_reach_authorized_subscribers_alone(folder: Path) -> None:
+@pytest.mark.parametrize("key", [None, "root"])
+def test_events_reach_authorized_subscribers_alone(folder: Path, key: str | None) -> None:
+    """Nobody says hello there: the sockets alone ask for keys."""
+    revoke(folder, "root")
+
     async def work() -> None:
         engine, mine = bus(folder, "engine-0", ENGINE), bus(folder, "me", CLIENT)
-        stranger = bus(folder, None, Peer("client", "stranger", 1))
+        stranger = bus(folder, key, Peer("client", "stranger", 1))
         seen, unseen, signal = [], [], Signal()
 
         def receive(event: EngineEvent) -> None:
@@ -444,6 +463,11 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         ("[[keys]]\nname='a'\nrole='client'\npublic='p'\nuntil='x'", "unknown field `until`"),
         ("[[keys]]\nname='a'\nrole='king'\npublic='p'", "Invalid enum value 'king'"),
         ("[[keys]]\nname='a'\nrole='client'\npublic='p'", "has 40 characters"),
+        (f"[[keys]]\nname='a'\nrole='client'\npublic='{'_' * 40}'", "Z85"),
+        (
+            "".join(f"[[keys]]\nname='{n}'\nrole='client'\npublic='{'p' * 40}'\n" for n in "ab"),
+            "'a' and 'b' have the same",
+        ),
     ],
 )
 def test_a_list_that_is_none_says_what_is_wrong(tmp_path: Path, text: str, why: str) -> None:
@@ -471,6 +495,48 @@ def test_daemons_can_read_what_an_administrator_changed(tmp_path: Path, umask: i
     for each, mode in ((path, 0o600), (folder / "fleet.key", 0o600), (folder / AUTHORIZED_FILE, 0o644)):
         found = each.stat()
         assert (found.st_mode & 0o777, (found.st_uid, found.st_gid)) == (mode, owner), each
+
+
+def locked(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def test_a_list_is_read_and_written_by_one_command_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a key that one of two revokes comes back with what the other writes."""
+    seen: list[tuple[str, bool]] = []
+
+    def watched(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            seen.append((work.__name__, locked(folder)))
+            return work(*arguments)
+
+        return call
+
+    monkeypatch.setattr(keys, "read_authorized", watched(keys.read_authorized))
+    monkeypatch.setattr(api_keys, "read_api_keys", watched(api_keys.read_api_keys))
+    for module in (keys, api_keys):
+        monkeypatch.setattr(module, "replace_file", watched(replace_file))
+    new_identity(folder, "ann", "client", new_key_pair)
+    authorize(folder, "guest", "client", new_key_pair()[0])
+    revoke(folder, "guest")
+    assert seen == [
+        *[("read_authorized", True), ("replace_file", True), ("replace_file", True)],
+        *[("read_authorized", True), ("replace_file", True)] * 2,
+    ]
+    seen.clear()
+    file = folder / "api_keys.toml"
+    api_keys.new_api_key(file, "app", "serve")
+    api_keys.new_api_key(file, "other", "serve")
+    api_keys.revoke_api_key(file, "app")
+    assert seen == [("replace_file", True), *[("read_api_keys", True), ("replace_file", True)] * 2]
+    assert not locked(folder)
 
 
 def test_a_file_that_grew_is_another_whatever_its_clock_says(folder: Path) -> None:
@@ -507,8 +573,12 @@ def test_names_and_roles_are_checked(folder: Path) -> None:
     authorize(folder, "guest", "client", public)
     with pytest.raises(ConfigError, match="authorized already"):
         authorize(folder, "guest", "client", public)
+    with pytest.raises(ConfigError, match="authorized already, as 'guest'"):
+        authorize(folder, "guest-2", "client", public)
     with pytest.raises(ConfigError, match="has 40 characters"):
         authorize(folder, "guest-2", "client", "short")
+    with pytest.raises(ConfigError, match="Z85"):
+        authorize(folder, "guest-2", "client", "'" + public[1:])
     assert not revoke(folder, "nobody")
     assert os.listdir(folder) == [path.name for path in folder.iterdir()]  # no temporary file is left
 

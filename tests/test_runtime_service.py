@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PREAMBLE = """
 import asyncio, sys
@@ -105,6 +107,36 @@ def test_a_bug_shows_its_traceback() -> None:
         assert code == 1
         assert "Traceback" in err
         assert err.splitlines()[-1] == "service: error: internal error (the traceback above is a bug)"
+
+
+@pytest.mark.parametrize("error", ["ConfigError('page_size: 0')", "ValueError('a bug')"])
+def test_its_end_is_a_json_object_where_every_line_is_one(error: str) -> None:
+    setup = "from microserve.runtime.log import setup_logging; setup_logging('error', True, 'engine:e', epoch=255)"
+    with service(setup, f"raise {error}") as process:
+        code, _, err = ended(process)
+    said = json.loads(err)
+    told = (said["level"], said["process"], said["epoch"], said["event"])
+    assert told == ("error", "engine:e", "ff", "this process ends")
+    bug = "bug" in error
+    assert code == (1 if bug else 2)
+    assert said["error"] == ("internal error (the traceback above is a bug)" if bug else "page_size: 0")
+    assert ("ValueError: a bug" in said.get("traceback", "")) == bug
+
+
+@pytest.mark.parametrize("error", ["ConfigError('page_size: 0')", "ValueError('a bug')"])
+def test_its_end_is_an_error_in_the_journal(error: str, tmp_path: Path) -> None:
+    code = PREAMBLE.format(body=f"    raise {error}")
+    with (tmp_path / "journal").open("w+") as journal:
+        status = os.fstat(journal.fileno())
+        environ = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=journal, env=environ, check=False
+        )
+        journal.seek(0)
+        lines = journal.read().splitlines()
+    assert all(line.startswith("<3>") for line in lines)
+    assert lines[-1].startswith("<3>service: error: ")
 
 
 def test_waiting_for_work_is_bounded() -> None:

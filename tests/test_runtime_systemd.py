@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.virtual_time import run_virtual
 
+from microserve.runtime.service import Lifecycle
 from microserve.runtime.systemd import Notifier
 
 if TYPE_CHECKING:
@@ -166,6 +169,79 @@ def test_a_manager_that_is_gone_does_not_disturb_the_service(tmp_path: Path) -> 
     notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "nobody")})
     notifier.alive()
     notifier.close()
+
+
+def test_a_manager_that_does_not_read_is_not_waited_for(manager: Manager) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(manager.path)})
+    sent = 0
+    while notifier.alive():
+        sent += 1
+    assert [manager.heard() for _ in range(sent)] == [{"WATCHDOG": "1"}] * sent
+    assert notifier.alive()
+    notifier.close()
+
+
+class Busy(Notifier):
+    """A manager whose queue is full now and then; when it was told, and when not."""
+
+    def __init__(self, *answers: bool) -> None:
+        super().__init__({})
+        self.watchdog_interval = 30.0
+        self.signs: list[tuple[float, bool]] = []
+        self._answers = list(answers)
+
+    def alive(self) -> bool:
+        self.signs.append((asyncio.get_running_loop().time() - 1000.0, self._answers.pop(0)))
+        return self.signs[-1][1]
+
+
+def test_a_sign_of_life_that_could_not_be_sent_is_sent_again_soon() -> None:
+    notifier = Busy(True, False, False, True, True)
+
+    async def main() -> None:
+        lifecycle = Lifecycle(notifier)
+        lifecycle.start_watchdog()
+        await asyncio.sleep(63)
+        await lifecycle.close()
+
+    run_virtual(main())
+    assert notifier.signs == [(0.0, True), (30.0, False), (31.0, False), (32.0, True), (62.0, True)]
+
+
+def test_a_bug_in_a_look_is_told_and_is_not_the_end_of_looking(caplog: pytest.LogCaptureFixture) -> None:
+    notifier, looks = Busy(True), iter([0, 1])
+
+    def healthy() -> bool:
+        return bool(1 // next(looks))
+
+    async def main() -> None:
+        lifecycle = Lifecycle(notifier)
+        lifecycle.healthy = healthy
+        lifecycle.start_watchdog()
+        await asyncio.sleep(5)
+        await lifecycle.close()
+
+    run_virtual(main())
+    assert notifier.signs == [(1.0, True)]
+    assert [record.message for record in caplog.records] == ["whether this service is healthy cannot be said: a bug"]
+
+
+def test_a_status_that_cannot_be_made_once_is_told_and_made_again(
+    manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = iter([1, 0, 2])
+
+    async def main() -> None:
+        lifecycle = Lifecycle(Notifier({"NOTIFY_SOCKET": str(manager.path)}))
+        lifecycle.ready(lambda: str(2 // next(looks)))
+        await asyncio.sleep(3)
+        await lifecycle.close()
+        lifecycle.notifier.close()
+
+    run_virtual(main())
+    assert manager.heard() == {"READY": "1", "STATUS": "2"}
+    assert manager.heard() == {"STATUS": "1"}
+    assert [record.message for record in caplog.records] == ["the status cannot be told: a bug"]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import re
 import shutil
+import socket
+import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tests.cluster import FAKE, START_LIMIT, daemon_environ, free_ports
 
 from microserve.runtime.config import EngineConfig, RouterConfig, load_config
 from microserve.tools import install_units
@@ -18,7 +25,9 @@ ROUTER, ENGINE, TARGET = UNITS
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [" ".join(line.split()) for line in capsys.readouterr().out.split("\nnext:")[0].splitlines()]
+    return [
+        " ".join(line.split()) for line in re.split("\n(next|note|what runs)", capsys.readouterr().out)[0].splitlines()
+    ]
 
 
 def test_it_installs_units_and_examples_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +60,35 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_for_the_system_says_all_that_would_be_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By anybody: nothing of it is done."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(install_units, "_user_exists", lambda: False)
+    units, config = tmp_path / "units", tmp_path / "config"
+    monkeypatch.setattr(Places, "of_system", lambda root: Places(units, config, "/etc/microserve", True))
+    assert main(["--dry-run"]) == 0
+    assert told(capsys) == [
+        "would run useradd --system --user-group --home-dir /var/lib/microserve --shell /usr/sbin/nologin microserve",
+        *(f"would write {units / name}" for name in UNITS),
+        *(f"would write {config / name}" for name in ("router.toml", "engine-0.toml")),
+        f"would run chgrp -R microserve {config}",
+        f"would run install -d -m 700 {config / 'keys'}",
+        f"would run chown -R microserve:microserve {config / 'keys'}",
+        "would run systemctl daemon-reload",
+    ]
+    units.mkdir()
+    (units / ROUTER).touch()
+    assert main(["--dry-run", "--remove"]) == 0
+    assert told(capsys)[:3] == [
+        f"would run systemctl disable {' '.join(UNITS)}",
+        f"would remove {units / ROUTER}",
+        f"not there {units / ENGINE}",
+    ]
+    assert [path.name for path in tmp_path.rglob("*")] == ["units", ROUTER]
+
+
 def test_remove_takes_units_and_leaves_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--root", str(tmp_path)])
     assert main(["--root", str(tmp_path), "--remove"]) == 0
@@ -58,7 +96,7 @@ def test_remove_takes_units_and_leaves_configuration(tmp_path: Path, capsys: pyt
     assert (tmp_path / "etc/microserve/router.toml").exists()
     capsys.readouterr()
     assert main(["--root", str(tmp_path), "--remove"]) == 0
-    assert all(line.startswith("not there ") for line in told(capsys))
+    assert all(line.startswith("not there ") for line in told(capsys)[: len(UNITS)])
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,11 +167,52 @@ def test_a_new_system_gets_a_user_of_its_own(monkeypatch: pytest.MonkeyPatch, tm
     assert said[0].startswith("would run  useradd --system")
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_daemons_get_to_their_configuration_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        assert main(["--root", str(tmp_path)]) == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "etc/microserve").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_what_is_in_a_home_stays_visible(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment, interpreter and package may lie apart; each is needed to start."""
+    parts = [Path("/opt/microserve")] * 4
+    monkeypatch.setattr(install_units, "_loaded_from", lambda: tuple(parts))
+    assert settings(ROUTER)["ProtectHome"] == "yes"
+    parts[which] = Path("/home/ann/microserve")
+    assert (settings(ROUTER)["ProtectHome"], settings(ENGINE)["ProtectHome"]) == ("read-only", "read-only")
+
+
+def test_an_installation_that_the_daemons_cannot_reach_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    for path, closed in ((Path("/usr/bin"), False), (home / "venv", True)):
+        monkeypatch.setattr(install_units, "_loaded_from", lambda path=path: (path,))
+        assert main(["--root", str(tmp_path / "root")]) == 0
+        assert ("is closed to others, and the user microserve" in capsys.readouterr().out) == closed
+
+
+def test_a_word_of_a_command_may_have_any_character(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.executable", "/opt/my venv/100%/bin/python")
+    places = Places.of_user(tmp_path / "a b")
+    assert unit_text(ROUTER, places).count(r"ExecStart=/opt/my\x20venv/100%%/bin/python -P -m microserve.router") == 1
+    assert rf"--config {tmp_path}/a\x20b/.config/microserve/router.toml" in unit_text(ROUTER, places)
+
+
 SYSTEM = Places.of_system(Path("/"))
 
 
-@pytest.mark.parametrize(("name", "most"), [(ROUTER, 1.2), (ENGINE, 1.9)])
-def test_the_sandbox_is_as_tight_as_what_runs_in_it_allows(name: str, most: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "most"), [(ROUTER, 1.3), (ENGINE, 1.9)])
+def test_the_sandbox_is_as_tight_as_what_runs_in_it_allows(
+    name: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install_units, "_loaded_from", lambda: (Path("/opt/microserve"),))
     analyze = shutil.which("systemd-analyze")
     text = unit_text(name, SYSTEM)
     assert "NoNewPrivileges=yes" in text
@@ -151,6 +230,52 @@ def test_the_sandbox_is_as_tight_as_what_runs_in_it_allows(name: str, most: floa
     assert float(found[1]) <= most
 
 
+def refusing(families: str) -> str:
+    """A program that runs a module where sockets of other families are refused, as `RestrictAddressFamilies=` does."""
+    allowed = [getattr(socket, name) for name in families.split()]
+    call = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+    load, equal, answer, allow, refuse = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | errno.EAFNOSUPPORT
+    # seccomp(2): the number of the call, and for socket(2) its first argument.
+    rules = [(load, 0, 0, 0), (equal, 1, 0, call), (answer, 0, 0, allow), (load, 0, 0, 16)]
+    for family in allowed:
+        rules += [(equal, 0, 1, family), (answer, 0, 0, allow)]
+    rules.append((answer, 0, 0, refuse))
+    code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+    return f"""
+import ctypes, runpy, struct, sys
+libc, code = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer({code!r})
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", {len(rules)}, ctypes.addressof(code)))
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    sys.exit("seccomp is not to be had")
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", [ROUTER, ENGINE])
+def test_what_the_sandbox_refuses_keeps_no_daemon_from_serving(name: str) -> None:
+    """ZeroMQ ends the process when it may not ask for network devices."""
+    bus, http = free_ports(2)
+    arguments = {
+        ROUTER: ["microserve.router", "--bind", f"tcp://127.0.0.1:{bus}", "--http-port", str(http)],
+        ENGINE: ["microserve.engine", "--routers", f"tcp://127.0.0.1:{bus}", *FAKE],
+    }[name]
+    with subprocess.Popen(
+        [sys.executable, "-c", refusing(settings(name)["RestrictAddressFamilies"]), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=daemon_environ(),
+    ) as process:
+        try:
+            assert process.stderr is not None
+            # To its end, if it ends.
+            assert any(" ready " in line for line in process.stderr)
+            process.terminate()
+            assert process.wait(START_LIMIT) == 0
+        finally:
+            process.kill()
+
+
 def settings(name: str) -> dict[str, str]:
     lines = [line for line in unit_text(name, SYSTEM).splitlines() if "=" in line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)
@@ -164,6 +289,9 @@ def test_restarts_back_off_where_systemd_can(version: int, backs_off: bool, monk
         assert found["Restart"] == "on-failure"
         assert found["RestartPreventExitStatus"] == "2"
         assert ("RestartSteps" in found, "RestartMaxDelaySec" in found) == (backs_off, backs_off)
+        # At an even pace every limit comes soon: a fault that passes must not end a service for good.
+        limits = ("10min", "20") if backs_off else ("0", None)
+        assert (found["StartLimitIntervalSec"], found.get("StartLimitBurst")) == limits
 
 
 @pytest.mark.parametrize(("name", "config"), [(ROUTER, RouterConfig()), (ENGINE, EngineConfig())])

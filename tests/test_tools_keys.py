@@ -46,6 +46,7 @@ def test_a_public_key_may_look_like_an_option(tmp_path: Path, monkeypatch: pytes
             name = f"guest-{len(found)}"
             assert main(["authorize", name, public, "--role", "client", *place]) == 0
             found.append((name, public))
+            public = public[:-1] + "2"  # a key has one name
     assert [(each.name, each.public) for each in read_authorized(Path(folder) / "authorized.toml")] == found
 
 

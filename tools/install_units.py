@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,10 +27,18 @@ USER = "microserve"
 _SYSTEM = f"""User={USER}
 Group={USER}"""
 
-_BACK_OFF = """RestartSteps=6
+_BACK_OFF = """RestartSec={first}
+RestartSteps=6
 RestartMaxDelaySec=60"""
 _BACK_OFF_SINCE = 254
-"""The first systemd that knows those two; an older one restarts at an even pace."""
+"""The first systemd that knows those two."""
+_EVEN_PACE = """# This systemd knows no longer and longer pauses.
+RestartSec=5"""
+_LIMIT = """StartLimitIntervalSec=10min
+StartLimitBurst=20"""
+_NO_LIMIT = """# At an even pace any limit comes soon, and a fault that passes would have ended the service for good.
+StartLimitIntervalSec=0"""
+_FIRST_PAUSE = {"microserve-router.service": "1", "microserve-engine@.service": "2"}
 
 _SANDBOX = """NoNewPrivileges=yes
 CapabilityBoundingSet=
@@ -85,32 +94,45 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("install-units", "Install the systemd units, and commented examples of configuration.")
     parser.add_argument("--user", action="store_true", help="for your own service manager instead of the system's")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    parser.add_argument("--remove", action="store_true", help="take the units away; configuration stays")
+    parser.add_argument("--remove", action="store_true", help="disable the units, take them away; configuration stays")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="install below DIR (for images)")
     arguments = parser.parse_args(argv)
     places = Places.of_user(Path.home()) if arguments.user else Places.of_system(arguments.root)
-    live = arguments.root == Path("/") and not arguments.dry_run
-    if live and places.system and os.geteuid() != 0:
+    here = arguments.root == Path("/")
+    if here and not arguments.dry_run and places.system and os.geteuid() != 0:
         print("microserve install-units: error: needs root; try --user, or --dry-run to see", file=sys.stderr)
         return 1
     work = Work(dry=arguments.dry_run)
+    control = "systemctl" if places.system else "systemctl --user"
     try:
         if arguments.remove:
+            if here and any((places.units / name).exists() for name in UNITS):
+                # Before they go: of a unit that is not there nothing can be disabled.
+                work.run([*control.split(), "disable", *UNITS])
             remove(places, work)
         else:
-            install(places, work, make_user=live and places.system)
-        if live and places.system and not arguments.remove:
+            install(places, work, make_user=here and places.system)
+        if here and places.system and not arguments.remove:
             # The daemons read it, and nobody else: keys may stand in it.
             work.run(["chgrp", "-R", USER, str(places.config)])
             # What root writes into it later belongs to who owns it: see `runtime.keys.replace_file`.
-            work.run(["install", "-d", "-m", "700", "-o", USER, "-g", USER, str(places.config / "keys")])
-        if live and work.units_changed:
-            work.run(["systemctl", *([] if places.system else ["--user"]), "daemon-reload"])
+            keys = str(places.config / "keys")
+            work.run(["install", "-d", "-m", "700", keys])
+            work.run(["chown", "-R", f"{USER}:{USER}", keys])
+        if here and work.units_changed:
+            work.run([*control.split(), "daemon-reload"])
     except OSError as error:
         print(f"microserve install-units: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    if not arguments.remove:
-        print(_next_steps(places))
+    if arguments.remove:
+        print(f"\nwhat runs goes on until it is stopped: {control} stop 'microserve*'")
+        return 0
+    if places.system and (closed := _closed_to_others()) is not None:
+        print(
+            f"\nnote: {closed} is closed to others, and the user {USER} runs what is below it: install microserve "
+            "elsewhere (a virtual environment in /opt), or open it"
+        )
+    print(_next_steps(places))
     return 0
 
 
@@ -131,7 +153,9 @@ class Work:
         self._say(f"{self._word('write')}  {path}")
         self.units_changed |= not keep
         if not self._dry:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                path.parent.chmod(0o755)  # whatever the umask is: the daemons go through it
             path.write_text(text, encoding="utf-8")
             path.chmod(mode)
 
@@ -163,7 +187,7 @@ class Work:
 
 def install(places: Places, work: Work, *, make_user: bool) -> None:
     """Writes units and example configuration. Idempotent. Raises `OSError`."""
-    if places.system and (make_user or work._dry) and not _user_exists():
+    if make_user and not _user_exists():
         home = "/var/lib/microserve"
         work.run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", USER])
     for name in UNITS:
@@ -181,15 +205,17 @@ def remove(places: Places, work: Work) -> None:
 def unit_text(name: str, places: Places) -> str:
     """A unit with its places filled in."""
     engine = "engine" in name
-    home = "read-only" if _under_home(Path(sys.prefix)) else "yes"
+    home = "read-only" if any(map(_under_home, _loaded_from())) else "yes"
     # UCX proves that a peer on this host is dead by its /proc entry, and shares memory with it by SysV and POSIX names.
     sandbox = _SANDBOX.format(proc="default" if engine else "invisible", ipc="no" if engine else "yes", home=home)
+    backs_off = systemd_version() >= _BACK_OFF_SINCE
     values = {
-        "python": sys.executable,
-        "config": places.named_config,
+        "python": _escaped(sys.executable),
+        "config": _escaped(places.named_config),
         "state": "%S/microserve",
         "cache": "%C/microserve",
-        "backoff": _BACK_OFF if systemd_version() >= _BACK_OFF_SINCE else "# This systemd restarts at an even pace.",
+        "limit": _LIMIT if backs_off else _NO_LIMIT,
+        "restart": _BACK_OFF.format(first=_FIRST_PAUSE.get(name, "1")) if backs_off else _EVEN_PACE,
         "system": _SYSTEM if places.system else "",
         "sandbox": sandbox if places.system else _USER_SANDBOX,
         "target": "multi-user.target" if places.system else "default.target",
@@ -199,7 +225,7 @@ def unit_text(name: str, places: Places) -> str:
         # A user's manager may not restrict devices or raise limits.
         dropped = (
             *("DevicePolicy", "DeviceAllow", "PrivateDevices", "PrivateUsers", "LimitMEMLOCK", "RestrictAddress"),
-            *("SystemCallFilter", "# Not @resources", "# GPUs", "# RDMA"),
+            *("SystemCallFilter", "# Not @resources", "# ZeroMQ", "# GPUs", "# RDMA"),
         )
         text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(dropped))
     for key, value in values.items():
@@ -215,6 +241,28 @@ def systemd_version() -> int:
         return 0
     word = (shown.split() or ["", "0"])[1:2]
     return int(word[0]) if word and word[0].isdigit() else 0
+
+
+def _loaded_from() -> tuple[Path, ...]:
+    """What a daemon of this installation is made of: the interpreter may be elsewhere than its environment, and the
+    package elsewhere than both."""
+    here = Path(__file__).resolve().parent
+    return Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve(), here
+
+
+def _closed_to_others() -> Path | None:
+    """A folder on the way to what the daemons are made of that another user may not go through."""
+    for path in _loaded_from():
+        for each in reversed((path, *path.parents)):
+            if each.is_dir() and not each.stat().st_mode & stat.S_IXOTH:
+                return each
+    return None
+
+
+def _escaped(text: str) -> str:
+    """One word of a command in a unit."""
+    text = text.replace("\\", "\\\\").replace("%", "%%")
+    return "".join(f"\\x{ord(each):02x}" if each in " \t\"'" else each for each in text)
 
 
 def _under_home(path: Path) -> bool:
