@@ -11,7 +11,7 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.widgets import ContentSwitcher, Footer, Static
 
-from microserve.runtime.errors import Forbidden, MicroserveError, PeerLost
+from microserve.runtime.errors import MicroserveError, PeerLost
 from microserve.tools.common import visible
 from microserve.tools.fleet_view import duration
 from microserve.tools.tui.cache import CachePane
@@ -35,12 +35,12 @@ PATIENCE = 5.0
 """Seconds after which a router that says nothing counts as lost."""
 
 _HELP = """[b]1[/b]…[b]5[/b]         the panes; Tab between the tables of one
-[b]↑ ↓ Enter[/b]     move, act; the mouse does, too
+[b]↑ ↓ Enter[/b]   move, act; [b]← →[/b] what is cut off; the mouse, too
 [b]/[/b]           filter: words, all of them; [b]Esc[/b] ends it
 [b]q[/b], Ctrl-C   quit
 
-[b]Fleet[/b]       [b]d[/b] drain  [b]u[/b] take work again  [b]c[/b] its cache
-  pages:    [green]█[/green] owned [yellow]█[/yellow] leased [red]█[/red] quarantined [blue]▒[/blue] cached
+[b]Fleet[/b]       [b]d[/b] drain  [b]u[/b] resume: take work again  [b]c[/b] its cache
+  pages:    [green]█[/green] owned [yellow]▓[/yellow] leased [red]╳[/red] quarantined [blue]▒[/blue] cached
 [b]Requests[/b]    [b]a[/b] abort  [b]e[/b] show or hide those that ended
 [b]Strategies[/b]  [b]e[/b] edit and apply  [b]b[/b] roll back
 [b]Cache[/b]       [b]\\[[/b] [b]][/b] another engine  [b]p[/b] pin  [b]u[/b] unpin
@@ -48,7 +48,7 @@ _HELP = """[b]1[/b]…[b]5[/b]         the panes; Tab between the tables of one
 [b]Events[/b]      what happened, the newest at the bottom
 
 What destroys asks first. Every action is a command, too:
-microserve engines, requests, strategy, cache, drain …
+microserve engines, requests, strategy, cache, drain, resume, events
 """
 
 
@@ -57,6 +57,7 @@ class TopApp(App[None]):
 
     CSS_PATH = "top.tcss"
     ENABLE_COMMAND_PALETTE = False
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (16, "")]
     TITLE = "microserve top"
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(index), f"show({index})", show=False) for index in range(1, 6)),
@@ -128,25 +129,34 @@ class TopApp(App[None]):
                 continue
 
     async def _look(self) -> None:
-        pane = self.pane
         try:
             async with asyncio.timeout(PATIENCE):
                 status = await self._client.status()
-                now = self._clock()
-                self._status, self._lost_at = status, None
-                self._track.see(status, now)
-                for each in self.panes.values():
-                    each.status = status
-                self._refusal = ""
-                await pane.refresh_data(now)
         except (PeerLost, TimeoutError):
             self._lost_at = self._lost_at if self._lost_at is not None else self._clock()
-        except Forbidden as error:
+        except MicroserveError as error:
             self._refusal = error.message
+        else:
+            await self._see(status)
+        self._show_head()
+
+    async def _see(self, status: StatusReply) -> None:
+        pane, now = self.pane, self._clock()
+        self._status, self._lost_at = status, None
+        self._track.see(status, now)
+        for each in self.panes.values():
+            each.status = status
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await pane.refresh_data(now)
+        except TimeoutError:
+            # The router has just answered: somebody behind it does not.
+            self._refusal = f"{pane.title}: no answer within {PATIENCE:g} s"
         except MicroserveError as error:
             # An engine that has just gone, say. What is shown stays, and the next look tells more.
             self._refusal = error.message
-        self._show_head()
+        else:
+            self._refusal = ""
 
     # --- what is above the panes -------------------------------------------------------------------------------------
 
@@ -173,7 +183,8 @@ class TopApp(App[None]):
         )
         totals.append(f"{number(status.requests_total)} in all   ")
         totals.append(f"{number(self._track.tokens)} tok/s ", "bold")
-        totals.append(sparkline(self._track.history, 20), "cyan")
+        left = max(0, self.size.width - 2 - totals.cell_len)
+        totals.append(sparkline(self._track.history, 20)[-left:] if left else "", "cyan")
         self._totals.update(totals)
 
     def _show_tabs(self) -> None:

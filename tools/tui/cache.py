@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +14,7 @@ from textual.widgets import Static
 
 from microserve.runtime.codec import unpack_tokens
 from microserve.runtime.errors import MicroserveError
+from microserve.tools.common import visible
 from microserve.tools.moves import migrate
 from microserve.tools.tui.dialogs import Ask, Choose
 from microserve.tools.tui.live_table import LiveTable
@@ -34,8 +36,6 @@ _EVERY = 2.0
 _ENDS = 24
 """Tokens at either end of a prefix that are shown as text."""
 _TEXTS = 500
-_MOST_NAMES = 8
-"""Engines that are named beside each other."""
 
 
 class CachePane(Pane):
@@ -58,6 +58,7 @@ class CachePane(Pane):
         self._prefixes: dict[str, PrefixEntry] = {}
         self._texts: OrderedDict[bytes, str] = OrderedDict()
         self._looked = -_EVERY
+        self._trouble = ""
         self._which = Static("", id="which", classes="caption")
         self._table = LiveTable(id="prefixes")
 
@@ -88,13 +89,19 @@ class CachePane(Pane):
             return
         self._looked = now
         name = engine.info.engine_id
-        prefixes = await self.client.engine(name).cache_prefixes(_COUNT)
-        for entry in prefixes:
-            for end in _ends(entry):
-                await self._spell(end, engine.info.model.name)
-        if self.engine is engine:
-            self.engine_id = name
-            self._prefixes = {f"{index}:{hash(entry.prompt):x}": entry for index, entry in enumerate(prefixes)}
+        try:
+            prefixes = await self.client.engine(name).cache_prefixes(_COUNT)
+        except MicroserveError as error:
+            self._trouble = error.message
+            self._show_which()
+            return
+        model = engine.info.model.name
+        await asyncio.gather(*(self._spell(end, model) for entry in prefixes for end in _ends(entry)))
+        present = self.engine
+        if present is not None and present.info.engine_id == name:
+            self.engine_id, self._trouble = name, ""
+            # No index: the cursor stays with a prefix when longer ones come.
+            self._prefixes = {f"{hash(entry.prompt):x}": entry for entry in prefixes}
             self.show()
 
     async def _spell(self, tokens: bytes, model: str) -> None:
@@ -129,7 +136,10 @@ class CachePane(Pane):
             return
         name, load = present.info.engine_id, present.load
         cached = f"   {load.cached_pages:,} of {load.total_pages:,} pages cached"
-        if len(engines) > _MOST_NAMES:
+        line = "  ".join(each.info.engine_id for each in engines) + cached
+        if self._trouble:
+            cached = f"   [$text-error]{escape(visible(self._trouble))}[/]"
+        if len(line) > self.app.size.width - 2:
             place = next(index for index, each in enumerate(engines, start=1) if each is present)
             self._which.update(f"[reverse]{escape(name)}[/reverse] {place} of {len(engines)}{cached}")
             return
@@ -144,6 +154,7 @@ class CachePane(Pane):
         """Shows another engine's tree."""
         self.engine_id = engine_id
         self._prefixes = {}
+        self._trouble = ""
         self._looked = -_EVERY
         self.show()
 

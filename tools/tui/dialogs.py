@@ -128,7 +128,7 @@ class EditStrategy(ModalScreen[bool]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            yield Label(f"{self._strategy.name}: {self._strategy.summary}", markup=False)
+            yield Label(visible(f"{self._strategy.name}: {self._strategy.summary}"), markup=False)
             with VerticalScroll(classes="fields"):
                 for setting in self._strategy.settings:
                     with Horizontal(classes="field"):

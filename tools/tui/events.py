@@ -33,6 +33,7 @@ class EventsPane(Pane):
         super().__init__(client, id=id)
         self._events: deque[FleetEvent] = deque(maxlen=_MOST)
         self._last = 0
+        self._router = 0
         self._log = RichLog(id="log", max_lines=_MOST, wrap=False, highlight=False, markup=False)
 
     def compose(self) -> ComposeResult:
@@ -42,11 +43,11 @@ class EventsPane(Pane):
         self._log.focus()
 
     async def refresh_data(self, now: float) -> None:
-        found = await self.client.events(after=self._last, limit=_MOST)
-        if found.last < self._last:
+        router = self.status.epoch if self.status is not None else 0
+        if router != self._router:
             # Another router process: it counts anew.
-            self._last = 0
-            found = await self.client.events(limit=_MOST)
+            self._router, self._last = router, 0
+        found = await self.client.events(after=self._last, limit=_MOST)
         self._last = found.last
         self._events.extend(found.events)
         self._write(found.events)

@@ -11,6 +11,8 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Static
 
 from microserve.runtime.errors import MicroserveError
+from microserve.tools.common import visible
+from microserve.tools.drain import question
 from microserve.tools.fleet_view import duration, percent
 from microserve.tools.tui.live_table import LiveTable
 from microserve.tools.tui.model import (
@@ -43,6 +45,8 @@ _WIDTHS = (
     (0, 12, ("engine", "state", "run>", "wait>", "KV pages", "tok/s>", "last minute", "hits>")),
 )
 """From which width on, how wide a bar is, and which columns fit. The details below have the rest."""
+_LEAST = 12
+"""Columns of a long name that are left when others need the room; the details below have all of it."""
 _MOST_LINKS = 5
 
 
@@ -82,7 +86,7 @@ class FleetPane(Pane):
 
     def _set_columns(self, width: int) -> None:
         self._bar, self._columns = next((bar, columns) for least, bar, columns in _WIDTHS if width >= least)
-        self._table.set_columns(self._columns)
+        self._table.set_columns(self._columns, least=_LEAST)
 
     async def refresh_data(self, now: float) -> None:
         self.show()
@@ -129,7 +133,7 @@ class FleetPane(Pane):
             "wait>": str(load.waiting),
             "KV pages": pool_bar(load, self._bar),
             "tok/s>": number(rates.tokens),
-            "last minute": Text(sparkline(track.history, self._bar), "cyan"),
+            "last minute": Text(sparkline(track.minute(self._bar), self._bar), "cyan"),
             "hits>": percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
             "prefill/s>": number(rates.prefilled),
             "sent/s>": nbytes(rates.sent),
@@ -160,7 +164,7 @@ class FleetPane(Pane):
                     Text(f"… and {len(info.links) - _MOST_LINKS} more: microserve engines {engine.info.engine_id}")
                 )
         elif self._trouble:
-            lines.append(Text(self._trouble, "red"))
+            lines.append(Text(visible(self._trouble), "red"))
         self._details.update(Text("\n").join(lines))
 
     def _link_line(self, link: PeerLink) -> Text:
@@ -169,7 +173,7 @@ class FleetPane(Pane):
         line.append(f"{link.engine_id} ")
         line.append_text(state_text(link.state))
         if link.state != "ready":
-            return line.append(f" {link.detail}", "dim")
+            return line.append(f" {visible(link.detail)}", "dim")
         line.append(f" {link.transport} {link.gigabytes_per_second:.3g} GB/s measured", "dim")
         line.append(f"  sent {nbytes(link.sent_bytes)} ({nbytes(sent)}/s)  received {nbytes(received)}/s")
         if link.failures:
@@ -180,16 +184,17 @@ class FleetPane(Pane):
 
     def action_drain(self) -> None:
         engine = self.selected
-        if engine is not None:
+        if engine is not None and self.status is not None:
             name = engine.info.engine_id
-            live = engine.load.running + engine.load.waiting
-            ask = f"Drain engine {name}? It finishes {live} requests and takes no more."
+            ask = question(self.status, [name])
             self.act(f"{name} drains", self.client.engine(name).drain, ask=ask, yes="Drain")
 
     def action_resume(self) -> None:
         engine = self.selected
         if engine is not None:
-            self.act(f"{engine.info.engine_id} takes work", self.client.engine(engine.info.engine_id).resume)
+            name = engine.info.engine_id
+            ask = f"Resume {name}? It takes work again."
+            self.act(f"{name} takes work", self.client.engine(name).resume, ask=ask, yes="Resume")
 
     def action_cache(self) -> None:
         engine = self.selected

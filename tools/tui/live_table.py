@@ -69,16 +69,21 @@ class LiveTable(ScrollView, can_focus=True):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._titles: tuple[str, ...] = ()
+        self._least = 0
         self._widths: list[int] = []
         self._keys: list[str] = []
         self._rows: dict[str, tuple[Cell, ...]] = {}
         self._cursor = 0
 
-    def set_columns(self, titles: Sequence[str]) -> None:
-        """Other columns; the rows have to be shown again. A title that ends in ">" is of numbers, at the right."""
-        if tuple(titles) == self._titles:
+    def set_columns(self, titles: Sequence[str], *, least: int = 0) -> None:
+        """Other columns; the rows have to be shown again. A title that ends in ">" is of numbers, at the right.
+
+        With `least`, what is in the first column (names, plain text) gives way down to that width where others would
+        not be seen.
+        """
+        if (tuple(titles), least) == (self._titles, self._least):
             return
-        self._titles = tuple(titles)
+        self._titles, self._least = tuple(titles), least
         self._keys, self._rows = [], {}
         self._measure(self._rows)
         self.refresh()
@@ -139,7 +144,7 @@ class LiveTable(ScrollView, can_focus=True):
         segments: list[Segment] = []
         # What is under the cursor has its colours alone.
         plain = style is not base
-        for title, room, cell in zip(self._titles, self._widths, cells, strict=True):
+        for title, room, cell in zip(self._titles, self._rooms(), cells, strict=True):
             segments += self._draw(cell, room, style, right=title.endswith(">"), plain=plain)
         return Strip(segments).crop_extend(left, left + width, style)
 
@@ -154,7 +159,7 @@ class LiveTable(ScrollView, can_focus=True):
             ]
             lacking = max(0, room - cell.cell_len)
             return [Segment(" ", style), *drawn, Segment(" " * (lacking + 1), style)]
-        text = str(cell)
+        text = cut(str(cell), room)
         text = " " * (room - cell_len(text)) + text if right else set_cell_size(text, room)
         return [Segment(f" {text} ", style)]
 
@@ -185,10 +190,21 @@ class LiveTable(ScrollView, can_focus=True):
         self._resize()
         return True
 
+    def _rooms(self) -> list[int]:
+        """How wide the columns are drawn."""
+        if not self._least or not self._widths:
+            return self._widths
+        first, *rest = self._widths
+        left = self.size.width - sum(rest) - 2 * len(self._widths)
+        return [min(first, max(self._least, left)), *rest]
+
     def _resize(self) -> None:
-        size = Size(sum(self._widths) + 2 * len(self._widths), len(self._keys) + 1)
+        size = Size(sum(self._rooms()) + 2 * len(self._widths), len(self._keys) + 1)
         if size != self.virtual_size:
             self.virtual_size = size
+
+    def on_resize(self) -> None:
+        self._resize()
 
     # --- the cursor --------------------------------------------------------------------------------------------------
 
@@ -231,6 +247,18 @@ class LiveTable(ScrollView, can_focus=True):
             self.action_choose()
         else:
             self.move_cursor(row=index)
+
+
+def cut(text: str, room: int) -> str:
+    """The two ends of a text that is wider than `room` columns: names often differ at their ends."""
+    if cell_len(text) <= room:
+        return text
+    end = ""
+    for char in reversed(text):
+        if cell_len(char + end) > (room - 1) // 2:
+            break
+        end = char + end
+    return f"{set_cell_size(text, room - 1 - cell_len(end))}…{end}"
 
 
 def _cell(cell: Cell) -> Cell:

@@ -46,11 +46,11 @@ _EVENT_STYLES = {
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _POOL = (
     ("owned_pages", "█", "green"),
-    ("leased_pages", "█", "yellow"),
-    ("quarantined_pages", "█", "red"),
+    ("leased_pages", "▓", "yellow"),
+    ("quarantined_pages", "╳", "red"),
     ("cached_pages", "▒", "blue"),
 )
-"""States of pages, in the order of a bar; what is left is free."""
+"""States of pages, in the order of a bar; what is left is free. Told apart without colours, too."""
 
 _VERB_STYLES = {
     "prep_recv": "yellow",
@@ -80,8 +80,19 @@ class EngineTrack:
         self.rates = Rates()
         self.history: deque[float] = deque(maxlen=SAMPLES)
         """Tokens a second, oldest first."""
+        self._seen = 0
         self._load = load
         self._at = now
+
+    def minute(self, width: int) -> list[float]:
+        """All of the history in at most `width` values: means of as many samples as it takes."""
+        size = -(-SAMPLES // width)
+        # Groups begin at multiples of their size, counted from the first sample: they must not flicker.
+        first = self._seen - len(self.history)
+        groups: dict[int, list[float]] = {}
+        for index, value in enumerate(self.history, start=first):
+            groups.setdefault(index // size, []).append(value)
+        return [sum(group) / len(group) for group in groups.values()][-width:]
 
     def see(self, load: Load, now: float) -> None:
         """Another load of the same incarnation. Heartbeats come once a second: the same one again says nothing new."""
@@ -98,6 +109,7 @@ class EngineTrack:
             rate("generated_tokens"), rate("prefilled_tokens"), rate("sent_bytes"), rate("received_bytes")
         )
         self.history.append(self.rates.tokens)
+        self._seen += 1
         self._load, self._at = load, now
 
 
@@ -185,17 +197,17 @@ def sparkline(values: Sequence[float], width: int, *, top: float = 0.0) -> str:
 
 
 def pool_bar(load: Load, width: int) -> Text:
-    """Pages by state. A state with any page at all has at least one cell, as far as there is room."""
+    """Pages by state. A state with any page at all has at least one cell: the largest one gives way."""
     bar = Text()
     if not load.total_pages:
         return bar.append("-" * width, "dim")
-    left = width
-    for name, block, style in _POOL:
-        count: int = getattr(load, name)
-        cells = min(left, max(1, round(width * count / load.total_pages))) if count else 0
-        bar.append(block * cells, style)
-        left -= cells
-    return bar.append("·" * left, "dim")
+    counts: list[int] = [getattr(load, name) for name, _, _ in _POOL]
+    cells = [max(1, round(width * count / load.total_pages)) if count else 0 for count in counts]
+    while sum(cells) > width:
+        cells[cells.index(max(cells))] -= 1
+    for (_, block, style), count in zip(_POOL, cells, strict=True):
+        bar.append(block * count, style)
+    return bar.append("·" * (width - sum(cells)), "dim")
 
 
 def pool_words(load: Load) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from microserve.tools.tui.live_table import Cell
 
 _COLUMNS = ("request", "state", "time>", "prompt>", "cached>", "out>", "TTFT>", "engines", "strategy", "model")
+_LEAST = 24
+"""Columns of a long id that are left when others need the room."""
 _MOST = 200
 _RECENT = 50
 
@@ -40,14 +43,16 @@ class RequestsPane(Pane):
         self._seen: Requests | None = None
         self._ended = True
         self._table = LiveTable(id="requests")
+        self._more = Static("", id="more", classes="caption", markup=False)
         self._timeline = Static("", id="timeline", classes="details", markup=False)
 
     def compose(self) -> ComposeResult:
         yield self._table
+        yield self._more
         yield self._timeline
 
     def on_mount(self) -> None:
-        self._table.set_columns(_COLUMNS)
+        self._table.set_columns(_COLUMNS, least=_LEAST)
 
     def focus_first(self) -> None:
         self._table.focus()
@@ -65,19 +70,23 @@ class RequestsPane(Pane):
             if matches(self.pattern, each.request_id, each.state, each.model, each.strategy, *each.engines)
         ]
         self._table.show(rows)
+        more = self._seen.active - len(self._seen.requests)
+        self._more.display = more > 0
+        self._more.update(f"the oldest {len(self._seen.requests):,}; {more:,} more run or wait, which no filter finds")
         self._show_timeline()
 
     def _listed(self) -> dict[str, RequestInfo]:
         if self._seen is None:
             return {}
-        # A client may give one name to several requests; those that ended are told apart by when.
-        found = {f"{each.request_id}/{index}": each for index, each in enumerate(self._seen.requests)}
-        if self._ended:
-            found |= {
-                f"{each.request_id}/-{each.age - (each.ended or 0):.6f}/{index}": each
-                for index, each in enumerate(self._seen.recent)
-            }
-        return found
+        # A client may give one name to several requests: they are counted, oldest first. The key of a request stays,
+        # whatever becomes of others and of it, so that the cursor does, too.
+        running, past = self._seen.requests, self._seen.recent
+        times: Counter[str] = Counter()
+        keys: dict[int, str] = {}
+        for each in [*reversed(past), *running]:
+            times[each.request_id] += 1
+            keys[id(each)] = f"{each.request_id}/{times[each.request_id]}"
+        return {keys[id(each)]: each for each in [*running, *(past if self._ended else ())]}
 
     @property
     def selected(self) -> RequestInfo | None:
@@ -91,7 +100,8 @@ class RequestsPane(Pane):
         if request is None:
             self._timeline.update("no requests" if self._seen is not None and not self.pattern else "")
             return
-        lines = timeline(request, self.size.width)
+        head = f"{request.request_id} · {request.state} · {request.model} · {request.strategy}"
+        lines = [Text(visible(head), "bold"), *timeline(request, self.size.width)]
         if request.error:
             lines.append(Text(visible(request.error), "red"))
         self._timeline.update(Text("\n").join(lines))
