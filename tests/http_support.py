@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from microserve.router.http_auth import HttpAuth
 
 CONTEXT = 200
+LIMIT = 60.0
+"""Seconds, virtual where time is, after which a request counts as one that never ends."""
 
 
 @functools.cache
@@ -198,7 +200,11 @@ class Call:
         return part
 
     async def finish(self) -> Call:
-        await self.task
+        # Not `await self.task`: whoever gives up waiting there cancels the task, as a revocation does. And a stream
+        # that nobody ends goes on for ever.
+        await asyncio.wait({self.task}, timeout=LIMIT)
+        assert self.task.done(), f"it goes on after {LIMIT:g} s"
+        self.task.result()
         return self
 
     def json(self) -> Any:

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
+from unittest.mock import Mock
 
 import pytest
 from tests.cluster import FAKE, Cluster, daemon_environ, state_of
 
+from microserve.router import bus_api
 from microserve.runtime.client import Client
 from microserve.runtime.errors import Forbidden, PeerLost, Unauthorized
-from microserve.runtime.keys import new_identity, revoke
+from microserve.runtime.keys import ROLES, new_identity, revoke
+from microserve.runtime.messages import (
+    AbortRequest,
+    Announce,
+    CacheMatch,
+    CachePrefixes,
+    Detokenize,
+    EngineCall,
+    EngineVerb,
+    Generate,
+    Heartbeat,
+    Info,
+    Leave,
+    ListEvents,
+    ListModels,
+    ListRequests,
+    ListStrategies,
+    RollbackStrategy,
+    RouterVerb,
+    SetStrategy,
+    Stats,
+    Status,
+    Tokenize,
+)
 from microserve.runtime.zmq_bus import new_key_pair
 
 if TYPE_CHECKING:
@@ -55,6 +81,30 @@ def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Pat
                 ask_until_refused(cluster, folder / "me.key")
     finally:
         os.environ.pop("MICROSERVE_KEY_FILE", None)
+
+
+def test_every_verb_of_a_router_is_for_somebody() -> None:
+    """A new one that nobody thought of would be for clients: it has to be entered here."""
+    everybody, engines, admins = {"client", "admin"}, {"engine", "admin"}, {"admin"}
+    wanted = {
+        **dict.fromkeys((Announce, Heartbeat, Leave), engines),
+        **dict.fromkeys((Generate, ListModels, Tokenize, Detokenize, Status, ListStrategies), everybody),
+        **dict.fromkeys((SetStrategy, RollbackStrategy, ListRequests, AbortRequest, ListEvents), admins),
+    }
+    looks = {Info, Stats, CacheMatch, CachePrefixes}
+
+    def may(body: Any) -> set[str]:
+        found = set()
+        for role in ROLES:
+            with contextlib.suppress(Forbidden):
+                bus_api._check_role(role, body)
+                found.add(role)
+        return found
+
+    made = {verb: Mock(spec=verb) for verb in (*get_args(RouterVerb), *get_args(EngineVerb))}
+    assert {verb: may(made[verb]) for verb in get_args(RouterVerb) if verb is not EngineCall} == wanted
+    calls = {verb: may(EngineCall(engine_id="e", body=made[verb])) for verb in get_args(EngineVerb)}
+    assert calls == {verb: everybody if verb in looks else admins for verb in get_args(EngineVerb)}
 
 
 def test_revoking_a_key_ends_what_runs_in_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.transfer_child import Child
+
+from microserve.runtime.settings import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +55,15 @@ def test_scattered_pages_arrive_byte_for_byte_and_the_link_says_what_it_is(start
     assert two.hear("arrived") == {"arrived": "hello", "peer": "one:1"}
     assert two.digest([10, 11, 40, 41, 0]) == one.digest([5, 6, 7, 20, 9])
     assert two.digest([3, 4]) == before
+
+
+def test_ucx_listens_on_loopback_alone_unless_it_is_told_otherwise(start: Start) -> None:
+    assert EngineConfig().ucx_devices == "lo"
+    process = Path(f"/proc/{start('one:1', seed=1).process.pid}")
+    sockets = {each.readlink().name for each in (process / "fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in (process / "net" / name).read_text().splitlines()[1:]]
+    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+    assert listening == {"0100007F"}
 
 
 def test_both_ways_at_once(start: Start) -> None:

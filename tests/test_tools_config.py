@@ -49,6 +49,25 @@ def test_what_is_wrong_is_told_and_the_exit_code_says_so(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "said", "kept"),
+    [
+        ("[router]\nbind = 'tcp://*:1'", "bind = 'tcp://*:1' can be reached", "key_file = 'k'"),
+        ("[engine]\nevents_bind = 'tcp://*:1'", "events_bind = 'tcp://*:1' can be reached", "key_file = 'k'"),
+        ("[engine]\nmetrics_port = 1\nmetrics_host = '::'", "metrics_host = '::' can be reached", "insecure = true"),
+        ("[router]\nhttp_host = '::'\ntls_cert = 'c'", "http_host = '::' can be reached", "api_keys_file = 'a'"),
+        ("[router]\nhttp_host = '::'\napi_keys_file = 'a'", "http_host = '::' can be reached", "tls_cert = 'c'"),
+        ("[router]\nhttp_host = '::'", "needs api_keys_file, tls_cert and tls_key", "insecure = true"),
+    ],
+)
+def test_what_a_daemon_would_not_open_to_other_machines_is_told(
+    text: str, said: str, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", write(tmp_path, "x.toml", text)]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["check", write(tmp_path, "x.toml", f"{text}\n{kept}")]) == 0
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "none.toml"), "--json"]) == 2
     (result,) = json.loads(capsys.readouterr().out)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microserve.runtime.config import EngineConfig, RouterConfig, explain_config
+from microserve.runtime.config import EngineConfig, RouterConfig, explain_config, load_config
 from microserve.runtime.errors import ConfigError
+from microserve.runtime.keys import check_exposed, is_loopback
 from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _check(files: Sequence[Path], kind: str | None, *, as_json: bool) -> int:
         try:
             found = kind or kind_of(file)
             for each in found.split("+"):
-                explain_config(_KINDS[each], file=file)
+                _check_exposure(load_config(_KINDS[each], file=file))
         except ConfigError as problem:
             error = problem.message
         results.append({"file": str(file), "kind": found, "error": error})
@@ -58,6 +59,23 @@ def _check(files: Sequence[Path], kind: str | None, *, as_json: bool) -> int:
     if as_json:
         print(msgspec.json.encode(results).decode())
     return 2 if any(result["error"] for result in results) else 0
+
+
+def _check_exposure(config: EngineConfig | RouterConfig) -> None:
+    """Raises `ConfigError` for what a daemon would refuse when it starts: others that reach what nothing guards."""
+    secured = config.key_file is not None
+    if isinstance(config, EngineConfig):
+        ports = [("bind", config.bind), ("events_bind", config.events_bind)]
+        http = "" if config.metrics_port is None else config.metrics_host
+        setting, needs = "metrics_host", "no keys guard /metrics: read it on this machine, or set insecure"
+    else:
+        ports = [("bind", config.bind)]
+        guarded = config.api_keys_file is not None and config.tls_cert is not None
+        http = "" if guarded else config.http_host
+        setting, needs = "http_host", "needs api_keys_file, tls_cert and tls_key, or insecure"
+    check_exposed(ports, secured=secured, insecure=config.insecure)
+    if http and not config.insecure and not is_loopback(http):
+        raise ConfigError(f"{setting} = {http!r} can be reached from other machines: {needs}")
 
 
 def kind_of(file: Path) -> str:
