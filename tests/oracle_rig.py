@@ -35,8 +35,10 @@ class Answer:
 
 
 class Serving:
-    def __init__(self, checkpoint: Path, *, pages: int = 256, prefill_chunk: int | None = None) -> None:
-        config = EngineConfig(model=str(checkpoint), kv_pages=pages, executor="torch")
+    def __init__(
+        self, checkpoint: Path, *, pages: int = 256, prefill_chunk: int | None = None, device: str = "cpu"
+    ) -> None:
+        config = EngineConfig(model=str(checkpoint), kv_pages=pages, executor="torch", device=device)
         self.executor = open_torch_executor(config)
         self.cache = KvCache(pages, config.page_size, clock=ManualClock())
         limits = Limits(32, 100, 100, self.executor.model.max_context, prefill_chunk)

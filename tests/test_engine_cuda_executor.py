@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from tests import oracle_rig
 from tests.oracle_rig import Oracle
 
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
@@ -44,8 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"arch": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3": {"arch": "qwen3", "hidden_size": 256, "head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
-ROUNDING = 0.5
-"""Log probabilities of two bf16 programs on these models differ by less."""
+SERVED = [(case, "bfloat16") for case in CASES] + [("heads-of-128", "float16"), ("qwen2", "float16")]
+ROUNDING = {"bfloat16": 0.5, "float16": 0.1}
+"""Log probabilities of two programs on these models differ by less."""
 
 
 @dataclass
@@ -58,11 +61,17 @@ class Answer:
 class Serving:
     """The executor under the scheduler: step n + 1 is launched before step n is collected."""
 
-    def __init__(self, checkpoint: Path, *, pages: int = 512, step_tokens: int = 256, max_running: int = 24) -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: str, *, pages: int = 512, step_tokens: int = 256, max_running: int = 24
+    ) -> None:
         from microserve.engine.cuda_open import open_cuda_executor
 
-        config = EngineConfig(
-            model=str(checkpoint), kv_pages=pages, executor="cuda", step_tokens=step_tokens, max_running=max_running
+        config = msgspec.convert(
+            {
+                **{"model": str(checkpoint), "executor": "cuda", "dtype": dtype, "kv_pages": pages},
+                **{"step_tokens": step_tokens, "max_running": max_running},
+            },
+            EngineConfig,
         )
         self.executor = open_cuda_executor(config, torch.device("cuda:0"))
         self.cache = KvCache(self.executor.total_pages, config.page_size, clock=ManualClock())
@@ -108,11 +117,12 @@ class Serving:
 
 
 class RoundedOracle(Oracle):
-    """`transformers` in float32, with weights that were rounded to bfloat16 as ours are."""
+    """`transformers` in float32, with weights that were rounded as ours are."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, dtype: str) -> None:
         super().__init__(checkpoint)
-        self.model = self.model.to(torch.bfloat16).to(torch.float32)
+        self.model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        self.rounding = ROUNDING[dtype]
 
     def check_near(self, prompt: np.ndarray, answer: Answer, count: int) -> None:
         """Every token is the oracle's best, or within rounding of it."""
@@ -121,27 +131,39 @@ class RoundedOracle(Oracle):
         reference = self.logprobs(prompt, answer.tokens)
         for position, token in enumerate(answer.tokens):
             gap = float(reference[position].max() - reference[position, token])
-            assert gap < ROUNDING, f"token {position} is {gap} below the best"
+            assert gap < self.rounding, f"token {position} is {gap} below the best"
         for position, entry in enumerate(answer.logprobs):
-            assert abs(entry.logprob - float(reference[position, answer.tokens[position]])) < ROUNDING
+            assert abs(entry.logprob - float(reference[position, answer.tokens[position]])) < self.rounding
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    return write_random_checkpoint(folder, scale=0.08, seed=7, **CASES[request.param])
+@pytest.fixture(scope="module", params=SERVED, ids=" ".join)
+def served(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The shape of a checkpoint, and what it is computed in."""
+    case, dtype = request.param
+    return case, dtype
 
 
 @pytest.fixture(scope="module")
-def serving(checkpoint: Path) -> Iterator[Serving]:
-    made = Serving(checkpoint)
+def dtype(served: tuple[str, str]) -> str:
+    return served[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(served: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(served[0])
+    return write_random_checkpoint(folder, scale=0.08, seed=7, **CASES[served[0]])
+
+
+@pytest.fixture(scope="module")
+def serving(checkpoint: Path, dtype: str) -> Iterator[Serving]:
+    made = Serving(checkpoint, dtype)
     yield made
     made.executor.close()
 
 
 @pytest.fixture(scope="module")
-def oracle(checkpoint: Path) -> RoundedOracle:
-    return RoundedOracle(checkpoint)
+def oracle(checkpoint: Path, dtype: str) -> RoundedOracle:
+    return RoundedOracle(checkpoint, dtype)
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
@@ -154,6 +176,32 @@ def test_mixed_batches_of_odd_lengths_are_those_of_transformers(serving: Serving
     counts = [5, 40, 3, 17, 1, 33, 12, 20, 9, 30]
     for prompt, count, answer in zip(given, counts, serving.run(given, counts), strict=True):
         oracle.check_near(prompt, answer, count)
+
+
+def test_the_next_token_is_as_likely_as_on_the_cpu(serving: Serving, checkpoint: Path, dtype: str) -> None:
+    given = prompts([1, 16, 33, 100, 200], seed=8)
+    ours = serving.run(given, [1] * len(given), logprobs=5)
+    theirs = oracle_rig.Serving(checkpoint).run(given, 1, logprobs=20)
+    for prompt, mine, reference in zip(given, ours, theirs, strict=True):
+        (found,), (expected,) = mine.logprobs, reference.logprobs
+        likely = dict(zip(expected.top_ids, expected.top_logprobs, strict=True))
+        # The least likely of our five may be none of theirs; the first three are.
+        for token, logprob in list(zip(found.top_ids, found.top_logprobs, strict=True))[:3]:
+            assert abs(logprob - likely[token]) < 2 * ROUNDING[dtype], len(prompt)
+
+
+def test_plain_torch_serves_on_the_gpu(checkpoint: Path) -> None:
+    plain = oracle_rig.Serving(checkpoint, device="cuda:0")
+    assert plain.executor.memory.device.startswith("cuda")
+    given = prompts([1, 17, 100], seed=9)
+    # Both in float32, where another order of additions seldom changes the likeliest token.
+    cpu = oracle_rig.Serving(checkpoint).run(given, 8, logprobs=1)
+    for mine, reference in zip(plain.run(given, 8, logprobs=1), cpu, strict=True):
+        assert isinstance(mine.end, Generated)
+        assert mine.tokens == reference.tokens
+        assert [each.logprob for each in mine.logprobs] == pytest.approx(
+            [each.logprob for each in reference.logprobs], abs=1e-3
+        )
 
 
 def test_prompts_longer_than_a_step_come_in_chunks(serving: Serving, oracle: RoundedOracle) -> None:
@@ -199,8 +247,8 @@ def test_settings_of_the_cpu_sampler_work_beside_those_of_the_gpu(serving: Servi
     assert not set(banned.tokens) & set(with_logprobs[0].tokens)
 
 
-def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, oracle: RoundedOracle) -> None:
-    small = Serving(checkpoint, pages=24, max_running=6, step_tokens=64)
+def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, dtype: str, oracle: RoundedOracle) -> None:
+    small = Serving(checkpoint, dtype, pages=24, max_running=6, step_tokens=64)
     given = prompts([40, 41, 42, 43, 44], seed=6)
     for prompt, answer in zip(given, small.run(given, [60] * 5), strict=True):
         oracle.check_near(prompt, answer, 60)
