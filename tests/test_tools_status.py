@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from tests.cluster import FAKE, Cluster, daemon_environ
 
 from microserve.runtime.messages import EngineInfo, FleetEngine, Layout, Load, ModelInfo, StatusReply
-from microserve.tools.fleet_view import duration, fleet_table, headline, percent
+from microserve.tools.fleet_view import duration, fleet_table, headline, percent, print_whole
 from microserve.tools.status import as_json
 
 ENGINE = FleetEngine(
@@ -107,3 +108,14 @@ def test_against_a_live_router() -> None:
         cluster.engines[0].terminate()
         cluster.engines[0].wait()
         assert "no engines; start one with `microserve engine`" in status().stdout
+
+
+def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
+    out = io.StringIO()
+    name = f"gpu-node.{'x' * 40}.example.com"
+    table = fleet_table(replace(STATUS, engines=[replace(ENGINE, info=replace(ENGINE.info, engine_id=name))]))
+    console = Console(file=out, width=80)
+    print_whole(console, table)
+    head, row = (line.split() for line in out.getvalue().splitlines())
+    assert (row[0], "…" in out.getvalue()) == (name, False)
+    assert (head[-1], console.width) == ("heard", 80)

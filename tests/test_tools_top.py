@@ -117,14 +117,14 @@ def test_an_engine_is_drained_after_a_question_and_comes_back(cluster: Cluster) 
         async with top(cluster.router) as it:
             await it.until(lambda: it.rows("engines"), "engines")
             await it.press("d")
-            await it.until(lambda: "Drain engine e0?" in it.screen(), "the question")
+            await it.until(lambda: "Drain e0?" in it.screen(), "the question")
             await it.press("enter")  # No is what Enter gives
-            await it.until(lambda: "Drain engine e0?" not in it.screen(), "the end of the question")
+            await it.until(lambda: "Drain e0?" not in it.screen(), "the end of the question")
             assert state_of(await it.client.status(), "e0") == "ready"
             await it.press("d", "y")
             await it.until(lambda: it.rows("engines")[0][1] == "draining", "e0 to drain")
             assert "e0 drains" in it.said()
-            await it.press("u")
+            await it.press("u", "y")
             await it.until(lambda: it.rows("engines")[0][1] == "ready", "e0 to take work again")
 
     asyncio.run(main())
@@ -400,10 +400,12 @@ def test_in_a_terminal(cluster: Cluster, terminal: Terminal) -> None:
     assert "q quit" in shown[23]
     # What has changed is drawn, and nothing else: the terminal must have it, too.
     terminal.press("d")
-    terminal.wait(lambda: any("Drain engine e0?" in line for line in terminal.screen()))
+    terminal.wait(lambda: any("Drain e0?" in line for line in terminal.screen()))
     terminal.press("y")
     terminal.wait(lambda: any("e0" in line and "draining" in line for line in terminal.screen()[3:6]))
     terminal.press("u")
+    terminal.wait(lambda: any("Resume e0?" in line for line in terminal.screen()))
+    terminal.press("y")
     terminal.wait(lambda: any("e0" in line and "ready" in line for line in terminal.screen()[3:6]))
     terminal.press("Down")
     terminal.wait(lambda: any("→ e0 ready" in line for line in terminal.screen()))

@@ -144,6 +144,26 @@ def test_a_row_under_the_cursor_that_was_seen_stays_in_sight() -> None:
     run(work)
 
 
+def test_names_give_way_to_what_would_not_be_seen() -> None:
+    async def work(app: Shown, pilot: Pilot[None]) -> None:
+        table = app.table
+        table.set_columns(("name", "count>", "state"), least=8)
+        table.show([("a", ["engine-with-a-long-name", "1", "ready"])])
+        await pilot.pause()
+        assert app.lines()[:2] == [" name            count  state", " engine-…g-name      1  ready"]
+        assert table.virtual_size.width == 30
+        await pilot.resize_terminal(20, 10)
+        await pilot.pause()
+        # Down to what it needs: what lacks then is to be scrolled to.
+        assert app.lines()[:1] == [" name      count  st"]
+        assert table.virtual_size.width == 24
+        await pilot.resize_terminal(60, 10)
+        await pilot.pause()
+        assert app.lines()[1] == " engine-with-a-long-name      1  ready"
+
+    run(work)
+
+
 def test_keys_and_the_mouse() -> None:
     async def work(app: Shown, pilot: Pilot[None]) -> None:
         table = app.table

@@ -13,6 +13,7 @@ from microserve.tools.tui.model import (
     FleetTrack,
     LinkTrack,
     brought,
+    cut,
     fitting,
     matches,
     nbytes,
@@ -86,13 +87,33 @@ def test_a_sparkline() -> None:
     [
         ({}, "··········"),
         ({"owned_pages": 50, "cached_pages": 20}, "█████▒▒···"),
-        ({"owned_pages": 1, "leased_pages": 1, "quarantined_pages": 1, "cached_pages": 1}, "███▒······"),
-        ({"owned_pages": 96, "leased_pages": 2, "cached_pages": 2}, "██████████"),
+        ({"owned_pages": 1, "leased_pages": 1, "quarantined_pages": 1, "cached_pages": 1}, "█▓╳▒······"),
+        ({"owned_pages": 96, "leased_pages": 2, "cached_pages": 2}, "████████▓▒"),
+        ({"owned_pages": 50, "cached_pages": 49, "quarantined_pages": 1}, "████╳▒▒▒▒▒"),
     ],
 )
 def test_a_bar_of_pages(pages: dict[str, Any], bar: str) -> None:
     load = Load(total_pages=100, free_pages=100 - sum(pages.values()), **pages)
     assert pool_bar(load, 10).plain == bar
+
+
+def test_all_of_the_last_minute_in_a_few_blocks() -> None:
+    track = FleetTrack()
+    tokens = 0
+    for second in range(63):
+        tokens += 60 if second > 50 else 30
+        track.see(seen(tokens), float(second))
+    engine = track.track("gpu-a")
+    assert len(engine.history) == 60
+    # Means of five each, and of what has come since; what happened 51 to 62 seconds after the start is at the end.
+    assert engine.minute(12) == [30.0] * 9 + [60.0] * 3
+    assert engine.minute(60) == list(engine.history)
+
+
+def test_names_are_cut_in_the_middle() -> None:
+    assert cut("engine-0", 8) == "engine-0"
+    assert cut("gpu-node-17.example.com", 11) == "gpu-n…e.com"
+    assert cut("日本日本日本", 6) == "日 …本"
 
 
 def test_pages_in_words() -> None:

@@ -97,7 +97,7 @@ def _show(found: Details, *, as_json: bool) -> int:
 
 def _show_all(status: StatusReply) -> None:
     # Imported here, and below: JSON needs no tables.
-    from microserve.tools.fleet_view import percent, plain_table, table_console
+    from microserve.tools.fleet_view import percent, plain_table, print_whole, table_console
     from microserve.tools.tui.model import nbytes
 
     console = table_console()
@@ -107,7 +107,7 @@ def _show_all(status: StatusReply) -> None:
     figures = ("requests>", "running>", "waiting>", *(f"{name}>" for name in _PAGES), "tokens>", "hits>")
     table = plain_table("engine", "state", "model", *figures, "sent>", "received>", "epoch>", "up>")
     now = time.time()
-    for engine in status.engines:
+    for engine in sorted(status.engines, key=lambda each: each.info.engine_id):
         info, load = engine.info, engine.load
         table.add_row(
             visible(info.engine_id),
@@ -124,13 +124,13 @@ def _show_all(status: StatusReply) -> None:
             f"{info.epoch:x}",
             _uptime(engine, now),
         )
-    console.print(table)
+    print_whole(console, table)
 
 
 def _show_details(found: Details) -> None:
     from rich.text import Text
 
-    from microserve.tools.fleet_view import percent, plain_table, table_console
+    from microserve.tools.fleet_view import percent, plain_table, print_whole, table_console
     from microserve.tools.tui.model import nbytes
 
     console = table_console()
@@ -188,13 +188,13 @@ def _show_details(found: Details) -> None:
         )
         for link in found.info.links:
             table.add_row(*_link_cells(link))
-        console.print(table)
+        print_whole(console, table)
     if found.stats is not None:
         console.print()
         table = plain_table("statistic", "value>")
         for name, value in sorted(found.stats.values.items()):
             table.add_row(visible(name), f"{value:,.10g}")
-        console.print(table)
+        print_whole(console, table)
     if found.error:
         console.print(Text(f"\nit does not answer: {visible(found.error)}", "red"), soft_wrap=True)
 

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 _STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "degraded": "red", "silent": "red"}
 
 
+_WIDEST = 1000
+
+
 def table_console() -> Console:
     """Where tables are printed. Piped, nothing is cut off or folded: whoever reads it has no columns."""
-    width = None if sys.stdout.isatty() else 1000
+    width = None if sys.stdout.isatty() else _WIDEST
     # What is printed has names in it that others chose: they are no markup.
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
@@ -28,6 +31,14 @@ def plain_table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left")
     return table
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table as wide as it has to be: a terminal folds its lines, and names and numbers that are cut are of no use."""
+    wanted = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    before, console.width = console.width, max(console.width, wanted)
+    console.print(table)
+    console.width = before
 
 
 def headline(status: StatusReply) -> str:

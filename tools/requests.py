@@ -113,7 +113,7 @@ def _abort(parser: argparse.ArgumentParser, options: argparse.Namespace, names: 
 
 def _show_all(listed: Requests) -> None:
     # Imported here, and below: JSON needs no tables.
-    from microserve.tools.fleet_view import plain_table, table_console
+    from microserve.tools.fleet_view import plain_table, print_whole, table_console
     from microserve.tools.tui.model import seconds, state_text
 
     console = table_console()
@@ -136,7 +136,7 @@ def _show_all(listed: Requests) -> None:
             visible(request.strategy),
             visible(request.model),
         )
-    console.print(table)
+    print_whole(console, table)
     if listed.active > len(listed.requests):
         console.print(f"and {listed.active - len(listed.requests):,} more that run or wait")
 
@@ -158,7 +158,7 @@ def show_one(console: Console, request: RequestInfo) -> None:
     """A request, and its sub-requests as a timeline."""
     from rich.text import Text
 
-    from microserve.tools.fleet_view import plain_table
+    from microserve.tools.fleet_view import plain_table, print_whole
     from microserve.tools.tui.model import nbytes, seconds, state_text
 
     head = Text(visible(request.request_id), "bold") + Text(" · ") + state_text(visible(request.state))
@@ -191,7 +191,7 @@ def show_one(console: Console, request: RequestInfo) -> None:
             state_text("running" if sub.ended is None else visible(sub.outcome)),
             _bar(sub.started, sub.ended, whole),
         )
-    console.print(table)
+    print_whole(console, table)
 
 
 def _bar(started: float, ended: float | None, whole: float) -> Text:

@@ -48,7 +48,7 @@ _HELP = """[b]1[/b]…[b]5[/b]         the panes; Tab between the tables of one
 [b]Events[/b]      what happened, the newest at the bottom
 
 What destroys asks first. Every action is a command, too:
-microserve engines, requests, strategy, cache, drain, resume, events
+microserve engines, requests, strategy, cache, drain, resume
 """
 
 
@@ -57,7 +57,7 @@ class TopApp(App[None]):
 
     CSS_PATH = "top.tcss"
     ENABLE_COMMAND_PALETTE = False
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (16, "")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (16, "-tall")]  # noqa: RUF012 - as textual declares it
     TITLE = "microserve top"
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(index), f"show({index})", show=False) for index in range(1, 6)),

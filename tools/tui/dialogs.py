@@ -123,8 +123,16 @@ class EditStrategy(ModalScreen[bool]):
     ) -> None:
         super().__init__()
         self._strategy = strategy
-        self._present = present
         self._apply = apply
+        # Names of Python, whose letters may be any: ids of widgets are ASCII.
+        self._inputs = {
+            setting.name: Input(
+                str(present.get(setting.name, setting.default)),
+                id=f"setting-{setting.name}" if setting.name.isascii() else None,
+                compact=True,
+            )
+            for setting in strategy.settings
+        }
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -133,8 +141,7 @@ class EditStrategy(ModalScreen[bool]):
                 for setting in self._strategy.settings:
                     with Horizontal(classes="field"):
                         yield Label(f"{setting.name} ({setting.type})", markup=False)
-                        value = self._present.get(setting.name, setting.default)
-                        yield Input(str(value), id=f"setting-{setting.name}", compact=True)
+                        yield self._inputs[setting.name]
                 with Horizontal(classes="field"):
                     yield Label("model (empty: every)")
                     yield Input("", id="model", compact=True)
@@ -163,9 +170,7 @@ class EditStrategy(ModalScreen[bool]):
 
     async def _send(self, *, dry_run: bool) -> bool:
         wrong = self.query_one("#wrong", Static)
-        settings = {
-            setting.name: self.query_one(f"#setting-{setting.name}", Input).value for setting in self._strategy.settings
-        }
+        settings = {name: field.value for name, field in self._inputs.items()}
         try:
             part = float(self.query_one("#share", Input).value) / 100
         except ValueError:

@@ -57,9 +57,11 @@ class EventsPane(Pane):
         self._write(list(self._events))
 
     def _write(self, events: Sequence[FleetEvent]) -> None:
+        # Who has scrolled back reads on: what is new does not pull away what is seen.
+        follow = self._log.is_vertical_scroll_end
         for event in events:
             if matches(self.pattern, event.kind, event.engine, event.detail):
-                self._log.write(_line(event))
+                self._log.write(_line(event), scroll_end=follow)
 
 
 def _line(event: FleetEvent) -> Text:

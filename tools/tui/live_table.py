@@ -19,6 +19,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from microserve.tools.common import visible
+from microserve.tools.tui.model import cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,11 @@ Cell = str | Text
 
 
 class LiveTable(ScrollView, can_focus=True):
-    """Rows with keys, shown whole with `show`; a cursor that stays with the row that it is on."""
+    """Rows with keys, shown whole with `show`; a cursor that stays with the row that it is on.
+
+    With `first`, it stays on the first row, whichever that is, until somebody moves it: rows that come and go must not
+    carry the view away from what is new.
+    """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"live-table--header", "live-table--cursor"}
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -66,8 +71,9 @@ class LiveTable(ScrollView, can_focus=True):
         def control(self) -> LiveTable:
             return self.table
 
-    def __init__(self, *, id: str | None = None) -> None:
+    def __init__(self, *, id: str | None = None, first: bool = False) -> None:
         super().__init__(id=id)
+        self._first = self._at_first = first
         self._titles: tuple[str, ...] = ()
         self._least = 0
         self._widths: list[int] = []
@@ -98,7 +104,7 @@ class LiveTable(ScrollView, can_focus=True):
         seen = self._sees(self._cursor)
         self._keys = list(wanted)
         self._measure(wanted)
-        row = self._keys.index(selected) if selected in wanted else self._cursor
+        row = self._keys.index(selected) if selected in wanted and not self._at_first else self._cursor
         self._cursor = max(0, min(row, len(self._keys) - 1))
         self.refresh()
         if seen:
@@ -211,6 +217,7 @@ class LiveTable(ScrollView, can_focus=True):
     def move_cursor(self, *, row: int) -> None:
         """Puts the cursor on a row, and the row on the screen."""
         row = max(0, min(row, len(self._keys) - 1))
+        self._at_first = self._first and row == 0
         if row != self._cursor:
             self._cursor = row
             self.refresh()
@@ -247,18 +254,6 @@ class LiveTable(ScrollView, can_focus=True):
             self.action_choose()
         else:
             self.move_cursor(row=index)
-
-
-def cut(text: str, room: int) -> str:
-    """The two ends of a text that is wider than `room` columns: names often differ at their ends."""
-    if cell_len(text) <= room:
-        return text
-    end = ""
-    for char in reversed(text):
-        if cell_len(char + end) > (room - 1) // 2:
-            break
-        end = char + end
-    return f"{set_cell_size(text, room - 1 - cell_len(end))}…{end}"
 
 
 def _cell(cell: Cell) -> Cell:

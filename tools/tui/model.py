@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from microserve.tools.fleet_view import duration
@@ -187,6 +187,18 @@ def fitting(parts: Sequence[str], width: int, between: str = " · ") -> str:
     return line
 
 
+def cut(text: str, room: int) -> str:
+    """The two ends of a text that is wider than `room` columns: names often differ at their ends."""
+    if cell_len(text) <= room:
+        return text
+    end = ""
+    for char in reversed(text):
+        if cell_len(char + end) > (room - 1) // 2:
+            break
+        end = char + end
+    return f"{set_cell_size(text, room - 1 - cell_len(end))}…{end}"
+
+
 def sparkline(values: Sequence[float], width: int, *, top: float = 0.0) -> str:
     """The last `width` values as blocks, the highest (or `top`) as a full one."""
     shown = list(values)[-width:]
@@ -276,7 +288,7 @@ def timeline(request: RequestInfo, width: int) -> list[Text]:
     lines = [head]
     for sub in request.sub_requests:
         line = Text()
-        line.append(sub.engine[:names].ljust(names + 1))
+        line.append(cut(sub.engine, names).ljust(names + 1))
         line.append(sub.verb.ljust(15), _VERB_STYLES.get(sub.verb, ""))
         end = whole if sub.ended is None else sub.ended
         first = min(axis - 1, int(axis * sub.started / whole))

@@ -42,7 +42,7 @@ class RequestsPane(Pane):
         super().__init__(client, id=id)
         self._seen: Requests | None = None
         self._ended = True
-        self._table = LiveTable(id="requests")
+        self._table = LiveTable(id="requests", first=True)
         self._more = Static("", id="more", classes="caption", markup=False)
         self._timeline = Static("", id="timeline", classes="details", markup=False)
 

@@ -81,7 +81,8 @@ class StrategiesPane(Pane):
         seen = self._seen
         if seen is None:
             return
-        self._versions.show(_version_rows(seen))
+        rows = _version_rows(seen)
+        self._versions.show([row for row in rows if matches(self.pattern, *map(str, row[1]))])
         choices = [
             (each.name, [each.name, _settings({s.name: s.default for s in each.settings}), each.summary, each.source])
             for each in seen.strategies
@@ -101,7 +102,7 @@ class StrategiesPane(Pane):
             )
             for change in seen.history
         ]
-        self._history.show(history)
+        self._history.show([row for row in history if matches(self.pattern, *row[1])])
         self._problems.update(Text("\n".join(seen.problems), "red"))
 
     # --- actions -----------------------------------------------------------------------------------------------------
