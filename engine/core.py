@@ -48,6 +48,10 @@ _DEEP_CHECK = 20_000
 _log = get_logger(__name__)
 
 
+_MOST_PEERS = 1024
+"""Incarnations of peers of which it is known how much they sent."""
+
+
 class EngineCore:
     """The parts of one engine. Made on the event loop; nothing runs until the loops are started, or turned by hand.
 
@@ -79,8 +83,9 @@ class EngineCore:
         self._clock = clock
         self._page_bytes = executor.memory.page_bytes
         self.metrics = EngineMetrics()
+        self._received_bytes = 0
         self._received: Counter[str] = Counter()
-        """Bytes by peer. Written by the transfer thread."""
+        """Bytes by peer, the last of them. Both are written by the transfer thread."""
         self.info = EngineInfo(
             engine_id=engine_id,
             epoch=epoch,
@@ -215,15 +220,19 @@ class EngineCore:
         counts = self.transfers.statistics()
         return {
             "sent_bytes": int(counts["transfer_pushed_bytes"]),
-            # A list: the transfer thread may meet another peer meanwhile.
-            "received_bytes": sum(list(self._received.values())),
+            "received_bytes": self._received_bytes,
             "push_failures": int(counts["transfer_push_failures"]),
         }
 
     def _arrived(self, arrivals: list[Arrival]) -> None:
         """In the transfer thread."""
         for each in arrivals:
-            self._received[each.peer] += each.count * self._page_bytes
+            nbytes = each.count * self._page_bytes
+            self._received_bytes += nbytes
+            self._received[each.peer] += nbytes
+        while len(self._received) > _MOST_PEERS:
+            # Every incarnation of an engine is a peer of its own: over months they would be many.
+            del self._received[next(iter(self._received))]
         self.steps.command(lambda: self._take_arrivals(arrivals))
 
     def _take_arrivals(self, arrivals: list[Arrival]) -> None:

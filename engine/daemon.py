@@ -23,7 +23,7 @@ from microserve.runtime.config import EngineConfig, config_from_args, default_pr
 from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.keys import check_exposed, identity_name, is_loopback, load_security
-from microserve.runtime.log import get_logger, setup_logging
+from microserve.runtime.log import get_logger, last_words, setup_logging
 from microserve.runtime.membership import Announcer
 from microserve.runtime.messages import EngineEvent, EngineInfo
 from microserve.runtime.service import EXIT_CONFIG, run_service
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read()
     except ConfigError as error:
-        print(f"microserve engine: error: {error.message}", file=sys.stderr)
+        last_words("microserve engine", error.message)
         return EXIT_CONFIG
     engine_id = config.engine_id or identity_name(config.key_file) or default_process_id()
     epoch = new_epoch()

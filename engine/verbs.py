@@ -23,6 +23,8 @@ from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
     Abort,
     Aborted,
+    Claim,
+    ClaimEnded,
     Commit,
     Drain,
     EngineInfo,
@@ -69,6 +71,10 @@ class Steps(Protocol):
     def abort(self, request: Request) -> None: ...
 
     def ask(self, function: Callable[[], T], done: Callable[[T], None]) -> None: ...
+
+
+_PEERS_CALL = PeerHello | Claim | ClaimEnded
+"""What one engine calls on another."""
 
 
 class EngineVerbs:
@@ -174,8 +180,7 @@ class EngineVerbs:
 
     def _handle(self, call: IncomingCall) -> None:
         body = call.body
-        if call.session.role == "client":
-            raise Forbidden("a client's key is for routers; an engine serves routers, engines and admins")
+        _check_role(call.session.role, body)
         match body:
             case StartGenerate():
                 self._start(call, body)
@@ -307,3 +312,11 @@ class EngineVerbs:
         self._book.forget(session)
         self._kv.owner_lost(session)
         self._peers.session_lost(session)
+
+
+def _check_role(role: str, body: object) -> None:
+    """Raises `Forbidden` where keys are in use and this one is not for that."""
+    if role == "client":
+        raise Forbidden("a client's key is for routers; an engine serves routers, engines and admins")
+    if role == "engine" and not isinstance(body, _PEERS_CALL):
+        raise Forbidden(f"an engine's key may not call {type(body).__name__} on another engine")

@@ -334,12 +334,16 @@ class RouterCore:
             _log.info("request refused", every=10.0, burst=5, request=spec.request_id, code=error.code, why=error)
             raise
 
+    @property
+    def full(self) -> bool:
+        """Whether there is neither a place for another choice nor one to wait in."""
+        return len(self._active) >= self.config.max_active and len(self._queue) >= self.config.max_queued
+
     def _admit(self, spec: GenerationSpec) -> Generation:
         self.check_open()
         model = self.model(spec.model)
         self._check_prompt(model, spec.prompt)
-        full = len(self._active) >= self.config.max_active
-        if full and len(self._queue) >= self.config.max_queued:
+        if self.full:
             raise Busy(
                 f"{len(self._active)} requests run and {len(self._queue)} wait; no more are taken",
                 retry_after=self._retry_after(),
@@ -361,7 +365,7 @@ class RouterCore:
         program = self.versions.choose(model.name, spec.request_id)
         generation = self._dispatcher.create(request, program, timeout=timeout)
         self._idle.clear()
-        if full:
+        if len(self._active) >= self.config.max_active:
             self._queue.append(generation)
             asyncio.get_running_loop().call_later(self.config.queue_timeout, self._waited, generation)
         else:

@@ -29,10 +29,10 @@ from microserve.router.tls import load_certificate
 from microserve.router.versions import Versions
 from microserve.runtime.api_keys import ApiKeys
 from microserve.runtime.config import RouterConfig, config_from_args, default_process_id
-from microserve.runtime.errors import ConfigError, InvalidRequest
+from microserve.runtime.errors import AddressError, ConfigError, InternalError, InvalidRequest
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.keys import check_exposed, identity_name, is_loopback, load_security
-from microserve.runtime.log import get_logger, setup_logging
+from microserve.runtime.log import get_logger, last_words, setup_logging
 from microserve.runtime.service import EXIT_CONFIG, run_service
 from microserve.runtime.zmq_bus import ZmqBus
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read()
     except ConfigError as error:
-        print(f"microserve router: error: {error.message}", file=sys.stderr)
+        last_words("microserve router", error.message)
         return EXIT_CONFIG
     # One text at a time: handing it to a pool of threads and back costs more than it saves.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -155,7 +155,7 @@ async def _until_drained(lifecycle: Lifecycle, core: RouterCore, serving: asynci
         await asyncio.wait({draining, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
-            raise ConfigError("the HTTP server stopped")
+            raise InternalError("the HTTP server stopped")
     finally:
         draining.cancel()
     core.drain()
@@ -203,7 +203,7 @@ def bind_http(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ConfigError(f"cannot serve HTTP at {host}:{port}: {error.strerror} (http_host, http_port)") from error
+        raise AddressError(f"cannot serve HTTP at {host}:{port}: {error.strerror} (http_host, http_port)") from error
     sock.setblocking(False)
     return sock
 

@@ -139,23 +139,26 @@ class EngineFleet:
         if self._prepare is not None:
             await self._prepare(link.info.model)
         link.prepared = True
-        delay = _FIRST_DELAY
+        delay, failed = _FIRST_DELAY, 0
         while True:
             try:
                 client = await self._dial(link.info)
             except MicroserveError as error:
-                epoch = link.info.epoch
-                _log.warning(
-                    "engine cannot be reached",
-                    every=5.0,
-                    engine=link.id,
-                    engine_epoch=epoch,
-                    error=error.message,
-                )
+                epoch, failed = link.info.epoch, failed + 1
+                # The first time, the second, the fourth …: one that is dead for good must not bury the rest of the log.
+                if failed.bit_count() == 1:
+                    _log.warning(
+                        "engine cannot be reached",
+                        every=5.0,
+                        engine=link.id,
+                        engine_epoch=epoch,
+                        attempts=failed,
+                        error=error.message,
+                    )
                 await self._pause(delay)
                 delay = min(delay * 2, _LAST_DELAY)
                 continue
-            delay = _FIRST_DELAY
+            delay, failed = _FIRST_DELAY, 0
             lost: asyncio.Future[MicroserveError] = asyncio.get_running_loop().create_future()
             client.on_lost = functools.partial(_settle, lost)
             if client.closed:

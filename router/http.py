@@ -164,6 +164,8 @@ class _Pages:
             reasons.append("the router is draining")
         if not self._core.ready and not reasons:
             reasons.append("no engine is ready")
+        if self._core.full:
+            reasons.append("all places are taken, and the queue is full")
         answer = {"ready": not reasons, "reasons": reasons, "models": [model.name for model in self._core.models()]}
         await exchange.answer(encode(answer), status=503 if reasons else 200)
 

@@ -24,7 +24,7 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_args, get_origin
 
 from microserve.runtime.errors import ConfigError, InvalidRequest
 
@@ -252,12 +252,26 @@ class Fleet(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Between:
+    """Bounds of a setting, both included: `ratio: Annotated[float, Between(0, 1)] = 0.2`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"at least {self.low:g}"
+        return f"at most {self.high:g}" if math.isinf(self.low) else f"between {self.low:g} and {self.high:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One setting of a strategy: a keyword-only parameter."""
 
     name: str
     type: type[SettingValue]
     default: SettingValue
+    bounds: Between | None = None
 
     def parse(self, value: object) -> SettingValue:
         """The value as this setting's type; text is converted. Raises `InvalidRequest` that names the setting."""
@@ -268,6 +282,9 @@ class Setting:
         exact = isinstance(value, self.type) and (self.type is bool or not isinstance(value, bool))
         if not exact or (isinstance(value, float) and not math.isfinite(value)):
             raise self._wrong(value)
+        bounds = self.bounds
+        if bounds is not None and not (isinstance(value, int | float) and bounds.low <= value <= bounds.high):
+            raise InvalidRequest(f"setting '{self.name}' must be {bounds}, not {value!r}", param=self.name)
         return cast("SettingValue", value)
 
     def _from_text(self, text: str) -> SettingValue:
@@ -356,20 +373,29 @@ def strategy(function: StrategyFunction) -> Strategy:
 def _setting(function: StrategyFunction, parameter: inspect.Parameter) -> Setting:
     # Only the settings' annotations are looked at: the others may be importable by a type checker alone.
     annotation = parameter.annotation
+    if isinstance(annotation, str) and "[" in annotation:
+        try:
+            annotation = eval(annotation, function.__globals__)  # the file's own text, which has been run already
+        except Exception as error:  # whatever it may raise
+            raise _bad(function, f"the annotation of setting '{parameter.name}' cannot be read: {error}") from error
+    annotation, *extra = (*get_args(annotation),) if get_origin(annotation) is Annotated else (annotation,)
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     kind = _TYPES.get(name)
     if kind is None:
         raise _bad(function, f"setting '{parameter.name}' must be annotated int, float, str or bool")
+    bounds = next((each for each in extra if isinstance(each, Between)), None)
+    if bounds is not None and kind not in (int, float):
+        raise _bad(function, f"setting '{parameter.name}' is no number, and has no bounds")
     if parameter.default is inspect.Parameter.empty:
         raise _bad(function, f"setting '{parameter.name}' needs a default")
-    setting = Setting(parameter.name, kind, parameter.default)
+    setting = Setting(parameter.name, kind, parameter.default, bounds)
     try:
         default = setting.parse(parameter.default) if not isinstance(parameter.default, str) or kind is str else None
     except InvalidRequest as error:
         raise _bad(function, f"the default of {error.message}") from None
     if default is None:
         raise _bad(function, f"the default of setting '{parameter.name}' must be a {kind.__name__}")
-    return Setting(parameter.name, kind, default)
+    return Setting(parameter.name, kind, default, bounds)
 
 
 def _bad(function: StrategyFunction, problem: str) -> ConfigError:

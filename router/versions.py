@@ -36,6 +36,8 @@ EVERY = ""
 """The model name that stands for every model without versions of its own."""
 
 _HISTORY = 100
+_MOST_MODELS = 256
+"""Models with strategies of their own: each is a label of metrics."""
 _STORE_FORMAT = 1
 
 _log = get_logger(__name__)
@@ -134,6 +136,11 @@ class Versions:
         """
         if not 0.0 < share <= 1.0:
             raise InvalidRequest(f"share lies above 0 and at most at 1, not {share}", param="share")
+        if model == "*" or not model.isprintable():
+            # Operators see "*" for every model, and lines as lines.
+            raise InvalidRequest(f"{model!r} is no name of a model; leave it out for every model", param="model")
+        if model not in self._lanes and len(self._lanes) >= _MOST_MODELS:
+            raise InvalidRequest(f"{_MOST_MODELS} models have strategies of their own already", param="model")
         try:
             program = self._catalog().get(name).configure(settings)
         except ConfigError as error:

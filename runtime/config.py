@@ -169,7 +169,7 @@ def _read_file(cls: type[Struct], file: Path, values: _Values) -> None:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     sections = ("engine", "router")
     if any(isinstance(table.get(section), dict) for section in sections):

@@ -26,6 +26,7 @@ MicroserveError
 ├── Cancelled                    499 cancelled       the caller asked for it
 ├── InternalError                500 internal        our fault: a bug
 ├── ConfigError                  start-up: the operator's configuration
+│   └── AddressError             start-up: an address that cannot be had now
 └── CheckpointError              start-up: the model's files
 """
 
@@ -208,6 +209,12 @@ class ConfigError(MicroserveError):
     code = "config"
 
 
+class AddressError(ConfigError):
+    """An address cannot be listened at now. It may be free, or this machine's, a little later."""
+
+    code = "address"
+
+
 class CheckpointError(MicroserveError):
     """The model's files cannot be served; the message says what and where."""
 
@@ -239,6 +246,7 @@ _BY_CODE: dict[str, type[MicroserveError]] = {
         Cancelled,
         InternalError,
         ConfigError,
+        AddressError,
         CheckpointError,
     )
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from microserve.runtime.errors import ConfigError
+from microserve.runtime.errors import AddressError, ConfigError
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises `ConfigError` that says what is taken."""
+    """A socket that listens. Raises `ConfigError` for a host that is none, `AddressError` for what cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -118,7 +118,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         what = f"cannot serve metrics at {host}:{port}: {error.strerror} (metrics_host, metrics_port)"
-        raise ConfigError(what) from error
+        raise AddressError(what) from error
     sock.setblocking(False)
     return sock
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from microserve.runtime.clock import monotonic
-from microserve.runtime.errors import CheckpointError, ConfigError, MicroserveError
+from microserve.runtime.errors import AddressError, CheckpointError, ConfigError, MicroserveError
 from microserve.runtime.log import get_logger, last_words
 from microserve.runtime.systemd import Notifier
 
@@ -227,6 +227,10 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(_supervised(main, environ))
+    except AddressError as error:
+        # Unlike what follows, this may pass: whoever restarts us should.
+        last_words(name, error.message)
+        return EXIT_FAILED
     except (ConfigError, CheckpointError) as error:
         last_words(name, error.message)
         return EXIT_CONFIG

@@ -101,6 +101,7 @@ class FakeCore:
     config: RouterConfig = field(default_factory=RouterConfig)
     draining: bool = False
     ready: bool = True
+    full: bool = False
     generations: list[FakeGeneration] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     metrics: RouterMetrics = field(default_factory=lambda: RouterMetrics(CollectorRegistry()))

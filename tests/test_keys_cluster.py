@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 from tests.cluster import FAKE, Cluster, daemon_environ, state_of
 
+from microserve.engine import verbs
 from microserve.router import bus_api
 from microserve.runtime.client import Client
 from microserve.runtime.errors import Forbidden, PeerLost, Unauthorized
@@ -23,6 +24,8 @@ from microserve.runtime.messages import (
     Announce,
     CacheMatch,
     CachePrefixes,
+    Claim,
+    ClaimEnded,
     Detokenize,
     EngineCall,
     EngineVerb,
@@ -34,6 +37,7 @@ from microserve.runtime.messages import (
     ListModels,
     ListRequests,
     ListStrategies,
+    PeerHello,
     RollbackStrategy,
     RouterVerb,
     SetStrategy,
@@ -86,7 +90,7 @@ def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Pat
 def test_every_verb_of_a_router_is_for_somebody() -> None:
     """A new one that nobody thought of would be for clients: it has to be entered here."""
     everybody, engines, admins = {"client", "admin"}, {"engine", "admin"}, {"admin"}
-    wanted = {
+    wanted: dict[object, set[str]] = {
         **dict.fromkeys((Announce, Heartbeat, Leave), engines),
         **dict.fromkeys((Generate, ListModels, Tokenize, Detokenize, Status, ListStrategies), everybody),
         **dict.fromkeys((SetStrategy, RollbackStrategy, ListRequests, AbortRequest, ListEvents), admins),
@@ -105,6 +109,20 @@ def test_every_verb_of_a_router_is_for_somebody() -> None:
     assert {verb: may(made[verb]) for verb in get_args(RouterVerb) if verb is not EngineCall} == wanted
     calls = {verb: may(EngineCall(engine_id="e", body=made[verb])) for verb in get_args(EngineVerb)}
     assert calls == {verb: everybody if verb in looks else admins for verb in get_args(EngineVerb)}
+
+
+def test_an_engines_key_lets_it_send_to_another_and_no_more() -> None:
+    def may(body: Any) -> set[str]:
+        found = set()
+        for role in ("", *ROLES):
+            with contextlib.suppress(Forbidden):
+                verbs._check_role(role, body)
+                found.add(role)
+        return found
+
+    everybody, peers = {"", "router", "admin"}, (PeerHello, Claim, ClaimEnded)
+    for verb in get_args(EngineVerb):
+        assert may(Mock(spec=verb)) == (everybody | {"engine"} if verb in peers else everybody), verb
 
 
 def test_revoking_a_key_ends_what_runs_in_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,9 @@ def test_the_queue_is_bounded_and_moves_in_order() -> None:
     async def main() -> None:
         async with World(max_active=2, max_queued=2) as world:
             engine = await world.add("a")
+            assert not world.core.full
             generations = [world.generate(request_id=f"r{index}") for index in range(4)]
+            assert world.core.full
             with pytest.raises(Busy) as caught:
                 world.generate()
             assert caught.value.retry_after is not None

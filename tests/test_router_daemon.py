@@ -208,12 +208,12 @@ def test_a_second_signal_is_immediate(tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        assert main(["--http-port", str(port), "--bind", "tcp://127.0.0.1:*"]) == 2
+        assert main(["--http-port", str(port), "--bind", "tcp://127.0.0.1:*"]) == 1
         expected = (
             f"microserve router: error: cannot serve HTTP at 127.0.0.1:{port}: Address already in use (http_host, "
         )
         assert capsys.readouterr().err == f"{expected}http_port)\n"
-        assert main(["--http-port", "0", "--bind", f"tcp://127.0.0.1:{port}"]) == 2
+        assert main(["--http-port", "0", "--bind", f"tcp://127.0.0.1:{port}"]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"microserve router: error: cannot listen at 'tcp://127.0.0.1:{port}'")
         assert error.count("\n") == 1

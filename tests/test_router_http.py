@@ -76,6 +76,8 @@ def test_health_and_readiness() -> None:
     assert (alone.status, alone.json()["reasons"]) == (503, ["no engine is ready"])
     leaving = get("/ready", core=FakeCore(draining=True))
     assert (leaving.status, leaving.json()["reasons"]) == (503, ["the router is draining"])
+    full = get("/ready", core=FakeCore(full=True))
+    assert (full.status, full.json()["reasons"]) == (503, ["all places are taken, and the queue is full"])
 
 
 def test_metrics() -> None:

@@ -11,7 +11,7 @@ from tests.virtual_time import run_virtual
 
 from microserve.router.strategies.catalog import BUILT_IN, Catalog
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.errors import Busy, InvalidRequest, MicroserveError, PeerLost, TransferFailed
+from microserve.runtime.errors import Busy, MicroserveError, PeerLost, TransferFailed
 from microserve.runtime.messages import (
     CacheMatch,
     CacheMatched,
@@ -163,14 +163,6 @@ def test_what_is_cached_is_not_balanced_again() -> None:
         assert (await serve(world))[1:] == ["d start_generate 64 lease=403"]
 
     run("balanced", check, "d-decode", "p-prefill", ratio=0.3)
-
-
-def test_a_ratio_that_is_none_is_the_requests_error() -> None:
-    async def check(world: World) -> None:
-        with pytest.raises(InvalidRequest, match="between 0 and 1"):
-            await read(world.generate(PROMPT))
-
-    run("balanced", check, "a", ratio=2.0)
 
 
 # --- cache_aware -----------------------------------------------------------------------------------------------------

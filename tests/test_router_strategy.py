@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pytest
 
 from microserve.router.strategies.catalog import BUILT_IN, Problem, StrategyFolder, load_catalog, load_file
 from microserve.router.strategies.data_parallel import data_parallel
-from microserve.router.strategy import Chunk, Fleet, Request, Strategy, strategy
+from microserve.router.strategy import Between, Chunk, Fleet, Request, Strategy, strategy
 from microserve.runtime.errors import ConfigError, InvalidRequest
 from microserve.runtime.messages import SamplingParams
 
@@ -93,6 +94,46 @@ def test_wrong_settings_are_named(given: dict[str, object], param: str, message:
     with pytest.raises(InvalidRequest, match=message.replace("(", r"\(")) as caught:
         sample.configure(given)
     assert caught.value.param == param
+
+
+def test_bounds_of_a_setting() -> None:
+    @strategy
+    async def bounded(
+        request: Request,
+        fleet: Fleet,
+        *,
+        ratio: Annotated[float, Between(0, 1)] = 0.2,
+        least: Annotated[int, Between(1)] = 1,
+        most: Annotated[int, Between(high=9)] = 9,
+    ) -> AsyncIterator[Chunk]:
+        yield Chunk([])
+
+    assert bounded.configure({"ratio": 1, "least": "1", "most": 9}).settings == {"ratio": 1.0, "least": 1, "most": 9}
+    for given, said in (
+        ({"ratio": "1.01"}, "setting 'ratio' must be between 0 and 1, not 1.01"),
+        ({"least": 0}, "setting 'least' must be at least 1, not 0"),
+        ({"most": 10}, "setting 'most' must be at most 9, not 10"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            bounded.configure(given)
+        assert (caught.value.message, caught.value.param) == (said, next(iter(given)))
+    for text, problem in (
+        ("Annotated[float, Between(0, 1)] = 2.0", "the default of setting 'x' must be between 0 and 1, not 2.0"),
+        ("Annotated[str, Between(0, 1)] = ''", "setting 'x' is no number, and has no bounds"),
+        ("Annotated[float, Bounds(0, 1)] = 0.5", "the annotation of setting 'x' cannot be read: name 'Bounds'"),
+        ("list[int] = []", "setting 'x' must be annotated int, float, str or bool"),
+    ):
+        code = f"from __future__ import annotations\nasync def f(request, fleet, *, x: {text}):\n    yield"
+        made: dict[str, Any] = {"Annotated": Annotated, "Between": Between}
+        exec(code, made)
+        with pytest.raises(ConfigError, match=re.escape(problem)):
+            strategy(made["f"])
+
+
+def test_what_is_built_in_refuses_settings_that_would_fail_requests() -> None:
+    for name, given in (("balanced", {"ratio": 2}), ("prefill_decode", {"min_remote": -1})):
+        with pytest.raises(InvalidRequest):
+            load_catalog().get(name).configure(given)
 
 
 def test_a_version_is_name_source_and_settings() -> None:

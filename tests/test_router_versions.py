@@ -56,6 +56,19 @@ def test_the_configured_strategy_serves_first(folder: Path) -> None:
     assert [(each.model, each.name, each.share) for each in found.show().active] == [("", "data_parallel", 1.0)]
 
 
+def test_models_have_names_and_are_not_too_many(folder: Path) -> None:
+    found = versions(folder)
+    for name in ("*", "two\nlines"):
+        with pytest.raises(InvalidRequest, match="is no name of a model"):
+            found.set("data_parallel", {}, model=name)
+    for number in range(255):
+        found.set("data_parallel", {}, model=f"m{number}")
+    with pytest.raises(InvalidRequest, match="256 models have strategies of their own"):
+        found.set("data_parallel", {}, model="one more")
+    found.set("prefill_decode", {}, model="m254")
+    found.set("prefill_decode", {})
+
+
 def test_a_change_serves_every_model_without_its_own(folder: Path) -> None:
     found = versions(folder)
     found.set("mine", {"ratio": 0.25})

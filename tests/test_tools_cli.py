@@ -104,3 +104,13 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-P", "-c", code, *arguments]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=daemon_environ(), check=True)
     assert shown.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:7700", "http://127.0.0.1:8000", "tcp://127.0.0.1", "tcp://:7700", "ipc://"]
+)
+def test_what_is_no_address_of_a_bus_is_said_so(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["status", "--router", address])
+    assert ended.value.code == 2
+    assert f"{address!r} is not the address of a router's bus" in capsys.readouterr().err

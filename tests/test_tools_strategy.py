@@ -74,7 +74,7 @@ def test_what_is_wrong_is_told_in_one_line_and_changes_nothing() -> None:
         for arguments, said in (
             (("set", "dataparallel"), "did you mean 'data_parallel'?"),
             (("set", "balanced", "--set", "ratio=much"), "'ratio' must be a float"),
-            (("set", "balanced", "--share", "3"), "share"),
+            (("set", "balanced", "--set", "ratio=2"), "'ratio' must be between 0 and 1"),
             (("rollback",), "nothing was changed"),
             (("rollback", "--to-before", "7"), "change 7"),
         ):
@@ -85,6 +85,8 @@ def test_what_is_wrong_is_told_in_one_line_and_changes_nothing() -> None:
         done = strategy(cluster, "set", "balanced", "--set", "ratio")
         assert done.returncode == 2
         assert "NAME=VALUE" in done.stderr
+        done = strategy(cluster, "set", "balanced", "--share", "10")
+        assert (done.returncode, "above 0 and at most 1" in done.stderr) == (2, True)
         assert [each["name"] for each in asked(cluster, "show")] == ["data_parallel"]
 
 

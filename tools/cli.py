@@ -31,7 +31,7 @@ COMMANDS = {
     "events": "show what happened in the fleet",
     "doctor": "check this machine, the configuration and the fleet",
     "config": "check configuration files, and show what they say",
-    "keys": "say who is let in on the bus",
+    "keys": "say who is let in, on the bus and over HTTP",
     "install-units": "install the systemd units",
 }
 EXIT_INTERRUPTED = 130

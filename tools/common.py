@@ -46,10 +46,23 @@ def add_router_option(parser: argparse.ArgumentParser) -> None:
     """`--router`, whose default the environment may set."""
     parser.add_argument(
         "--router",
+        type=_endpoint,
         metavar="ENDPOINT",
         default=os.environ.get("MICROSERVE_ROUTER") or DEFAULT_ROUTER,
         help=f"the router's bus (default: $MICROSERVE_ROUTER, or {DEFAULT_ROUTER})",
     )
+
+
+def _endpoint(text: str) -> str:
+    scheme, separator, address = text.partition("://")
+    if scheme == "ipc" and address:
+        return text
+    host, _, port = address.rpartition(":")
+    if not separator or scheme != "tcp" or not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the address of a router's bus, which is like {DEFAULT_ROUTER} (HTTP has another port)"
+        )
+    return text
 
 
 def add_key_option(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ def kind_of(file: Path) -> str:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     sections = [kind for kind in sorted(_KINDS, reverse=True) if isinstance(table.get(kind), dict)]
     if sections:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -60,10 +61,20 @@ def _parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, parents=[shared, which], help=text)
         action.add_argument("name", help="of the strategy")
         action.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", type=_setting)
-        action.add_argument("--share", type=float, default=1.0, help="part of the traffic, above 0 and at most 1")
+        action.add_argument("--share", type=_share, default=1.0, help="part of the traffic, above 0 and at most 1")
     rollback = actions.add_parser("rollback", parents=[shared, which], help="back to what served before")
     rollback.add_argument("--to-before", dest="number", type=int, default=None, metavar="N", help="before change N")
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and at most 1 (0.1: a tenth of the traffic)")
+    return share
 
 
 def _setting(text: str) -> tuple[str, SettingValue]:

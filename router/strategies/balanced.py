@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from microserve.router.strategy import Chunk, Fleet, Request, strategy
+from microserve.router.strategy import Between, Chunk, Fleet, Request, strategy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @strategy
 async def balanced(
-    request: Request, fleet: Fleet, *, ratio: float = 0.2, cache_aware: bool = True
+    request: Request, fleet: Fleet, *, ratio: Annotated[float, Between(0, 1)] = 0.2, cache_aware: bool = True
 ) -> AsyncIterator[Chunk]:
     """One engine prefills all but `ratio` of the prompt; the one that decodes computes the rest, or has it cached."""
     split = request.page_aligned(1 - ratio)

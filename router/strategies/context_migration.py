@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from microserve.router.migration import migrate
-from microserve.router.strategy import Chunk, Fleet, Request, strategy
+from microserve.router.strategy import Between, Chunk, Fleet, Request, strategy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @strategy
 async def context_migration(
-    request: Request, fleet: Fleet, *, target: str = "", min_tokens: int = 64
+    request: Request, fleet: Fleet, *, target: str = "", min_tokens: Annotated[int, Between(0)] = 64
 ) -> AsyncIterator[Chunk]:
     """Turns run where their context is. Afterwards it moves to an engine labelled `target`, or to one less loaded."""
     engine = fleet.pick(prefix=True)

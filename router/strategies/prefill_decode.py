@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from microserve.router.strategy import Chunk, Fleet, Request, strategy
+from microserve.router.strategy import Between, Chunk, Fleet, Request, strategy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @strategy
 async def prefill_decode(
-    request: Request, fleet: Fleet, *, cache_aware: bool = True, min_remote: int = 64
+    request: Request, fleet: Fleet, *, cache_aware: bool = True, min_remote: Annotated[int, Between(0)] = 64
 ) -> AsyncIterator[Chunk]:
     """One engine prefills and another decodes, which does without the first when it lacks less than `min_remote`."""
     decode = fleet.pick("decode", prefix=cache_aware)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import zmq
 
-from microserve.runtime.errors import ConfigError
+from microserve.runtime.errors import AddressError, ConfigError
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
@@ -206,5 +206,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise ConfigError(f"cannot listen at {endpoint!r}: {error}") from error
+        # What ZeroMQ cannot even read stays wrong.
+        kind = ConfigError if error.errno in (zmq.EINVAL, zmq.EPROTONOSUPPORT) else AddressError
+        raise kind(f"cannot listen at {endpoint!r}: {error}") from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)

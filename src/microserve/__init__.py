@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microserve.router.migration import migrate
-    from microserve.router.strategy import Chunk, Engine, Fleet, Kv, Request, Sending, strategy
+    from microserve.router.strategy import Between, Chunk, Engine, Fleet, Kv, Request, Sending, strategy
     from microserve.runtime.client import AsyncClient, Client
     from microserve.runtime.errors import MicroserveError
     from microserve.runtime.messages import SamplingParams
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AsyncClient": "microserve.runtime.client",
+    "Between": "microserve.router.strategy",
     "Chunk": "microserve.router.strategy",
     "Client": "microserve.runtime.client",
     "Engine": "microserve.router.strategy",
@@ -34,6 +35,7 @@ _PUBLIC = {
 
 __all__ = [
     "AsyncClient",
+    "Between",
     "Chunk",
     "Client",
     "Engine",
