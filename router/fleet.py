@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import types
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,6 +96,16 @@ class EngineFleet:
         self._drop(info.engine_id, "a new incarnation took its place")
         link = EngineLink(info, load, self._clock())
         self._links[info.engine_id] = link
+        others = {each.info.model.revision for each in self._links.values() if each.info.model.name == info.model.name}
+        if len(others) > 1:
+            _log.warning(
+                "engines serve different weights under one name: requests go to those that are more",
+                engine=info.engine_id,
+                engine_epoch=info.epoch,
+                model=info.model.name,
+                revision=info.model.revision,
+                revisions=sorted(others),
+            )
         link.task = asyncio.get_running_loop().create_task(self._keep(link), name=f"engine {info.engine_id}")
         self.changed()
 
@@ -206,8 +217,10 @@ class EngineFleet:
     # --- choice ----------------------------------------------------------------------------------------------------
 
     def candidates(self, model: str) -> list[EngineLink]:
-        """The engines that can be picked for `model` now."""
-        return [link for link in self._links.values() if link.info.model.name == model and link.pickable]
+        """The engines that can be picked for `model` now. They have one revision of it: see `_of_one_revision`."""
+        return _of_one_revision(
+            [link for link in self._links.values() if link.info.model.name == model and link.pickable]
+        )
 
     def link(self, engine_id: str) -> EngineLink | None:
         """An engine by its id."""
@@ -257,14 +270,12 @@ class EngineFleet:
 
         Engines that serve one name may differ in context: the shortest counts, as any of them may be picked.
         """
-        found: dict[str, ModelInfo] = {}
+        found: dict[str, list[EngineLink]] = {}
         for link in self._links.values():
             if link.pickable:
-                model = link.info.model
-                known = found.get(model.name)
-                if known is None or model.max_context < known.max_context:
-                    found[model.name] = model
-        return list(found.values())
+                found.setdefault(link.info.model.name, []).append(link)
+        each = (_of_one_revision(links) for links in found.values())
+        return [min((link.info.model for link in links), key=lambda model: model.max_context) for links in each]
 
     def snapshot(self) -> list[FleetEngine]:
         """Every engine, with its load and our charges."""
@@ -299,3 +310,16 @@ class EngineFleet:
 def _settle(lost: asyncio.Future[MicroserveError], error: MicroserveError) -> None:
     if not lost.done():
         lost.set_result(error)
+
+
+def _of_one_revision(links: list[EngineLink]) -> list[EngineLink]:
+    """Those of the revision that most of them have; of as many, that of the engine that joined first.
+
+    One name must not stand for two models at once: a request's answer would depend on who is idle, and KV of one
+    engine means nothing to the other. In a rolling change of weights the name changes hands once.
+    """
+    if len({link.info.model.revision for link in links}) <= 1:
+        return links
+    counts = Counter(link.info.model.revision for link in links)
+    most = max(counts, key=counts.__getitem__)
+    return [link for link in links if link.info.model.revision == most]

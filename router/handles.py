@@ -55,7 +55,7 @@ class RunFleet:
     def engine(self, engine_id: str) -> RunEngine:
         run = self._run
         link = run.fleet.link(engine_id)
-        if link is None or not link.pickable or link.info.model.name != run.request.model:
+        if link is None or link not in run.fleet.candidates(run.request.model):
             raise NoEngine(f"engine '{engine_id}' cannot serve '{run.request.model}' now", retry_after=1.0)
         return RunEngine(run, link, None)
 

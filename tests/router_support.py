@@ -62,10 +62,10 @@ VOCABULARY = 1000
 
 
 def engine_info(name: str = "a", *, epoch: int = 1, model: str = "m", **changes: Any) -> EngineInfo:
-    """An engine's description; `changes` are fields of `EngineInfo`, or `max_context` and `path` of its model."""
+    """An engine's description; `changes` are fields of `EngineInfo`, or of its model."""
     described = ModelInfo(
         name=model,
-        revision="1",
+        revision=changes.pop("revision", "1"),
         architecture="fake",
         vocab_size=VOCABULARY,
         max_context=changes.pop("max_context", CONTEXT),

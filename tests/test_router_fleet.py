@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.router_support import ScriptedEngine, World, engine_info
+from tests.router_support import CONTEXT, ScriptedEngine, World, engine_info
 from tests.virtual_time import run_virtual
 
 from microserve.router.fleet import EngineFleet
@@ -154,6 +154,31 @@ def test_pick_prefers_labels_and_avoids_what_it_is_told() -> None:
             with pytest.raises(NoEngine) as caught:
                 fleet.pick("m", avoid={"a", "b"})
             assert caught.value.retry_after == 1.0
+
+    run_virtual(main())
+
+
+def test_one_name_is_one_model_at_a_time() -> None:
+    async def main() -> None:
+        async with World() as world:
+            fleet = world.core.fleet
+
+            def picked() -> set[str]:
+                return {fleet.pick("m").id for _ in range(4)}
+
+            await world.add("a")
+            await world.add("c", revision="2", max_context=50)
+            assert picked() == {"a"}
+            await world.add("b")
+            assert (picked(), [model.max_context for model in fleet.models()]) == ({"a", "b"}, [CONTEXT])
+            with pytest.raises(NoEngine):
+                fleet.pick("m", avoid={"a", "b"})
+            await world.add("d", revision="2")
+            await world.add("e", revision="2")
+            assert (picked(), [model.max_context for model in fleet.models()]) == ({"c", "d", "e"}, [50])
+            for name in "cde":
+                world.core.leave(name, 1)
+            assert picked() == {"a", "b"}
 
     run_virtual(main())
 
