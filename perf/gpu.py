@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ROOT = Path(__file__).resolve().parents[1]
-_TESTS = sorted(str(path.relative_to(_ROOT)) for path in _ROOT.glob("tests/test_*cuda*.py"))
+_NIXL_TESTS = "tests/test_kv_transfer_nixl.py"
+_TESTS = (*sorted(str(path.relative_to(_ROOT)) for path in _ROOT.glob("tests/test_*cuda*.py")), _NIXL_TESTS)
 """Files with tests that are marked so. The others need packages that measuring does not."""
 
 
@@ -47,6 +48,7 @@ _PLAIN = ("--executor", "torch", "--batches", "1,64", "--prompts", "2048", "--re
 _SERVED = ("--model", "llama-3.1-8b", "--engines", "1", "--executor", "cuda")
 STEPS = (
     Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 300, rows=False),
+    Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
     Step("plain", ("perf.engine", *_PLAIN), 150),
     Step("serving", ("perf.serving", *_SERVED, "--rates", "4,16", "--requests", "120", "--repeat", "1"), 180),

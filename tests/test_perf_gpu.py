@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import psutil
 import pytest
 from perf.gpu import STEPS, Step, main, run_steps
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parent.parent
 GOOD = """
 import json, sys
 row = {"name": "copy", "median": 4.27, "low": 4.2, "high": 4.3, "unit": "TB/s", "limit": "", "note": "both ways"}
@@ -61,8 +59,11 @@ def test_steps_are_those_that_the_machine_has_gpus_for(capsys: pytest.CaptureFix
     alone = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert main(["--dry-run", "--gpus", "2"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [step.name for step in STEPS]
-    assert alone == ["tests", "engine", "plain", "serving"]
+    assert alone == ["tests", "roofline", "engine", "plain", "serving"]
+    marked = [path for path in ROOT.glob("tests/test_*.py") if "mark." + "gpu" in path.read_text()]
+    assert len(marked) == 3
+    assert {f"tests/{path.name}" for path in marked} <= set(STEPS[0].command)
     assert main(["--gpus", "0"]) == 1
     with pytest.raises(SystemExit):
         main(["--only", "engines"])
-    assert "there is no step engines; there are tests, engine" in capsys.readouterr().err
+    assert "there is no step engines; there are tests, roofline" in capsys.readouterr().err
