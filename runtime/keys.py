@@ -20,7 +20,7 @@ import os
 import stat
 import string
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
@@ -152,6 +152,7 @@ class BusSecurity:
 
     identity: Identity
     ring: KeyRing
+    key_file: Path | None = None
 
     @classmethod
     def load(cls, key_file: Path) -> BusSecurity:
@@ -163,8 +164,19 @@ class BusSecurity:
                 f"{key_file}: a {identity.role} needs the fleet's secret; make it with 'microserve keys new'"
             )
         if identity.role not in DAEMONS and not ring.exists():
-            return cls(identity, _NO_RING)
-        return cls(identity, KeyRing(ring))
+            return cls(identity, _NO_RING, key_file)
+        return cls(identity, KeyRing(ring), key_file)
+
+    def renewed(self) -> BusSecurity:
+        """The same with the key that stands in our file now. Raises `ConfigError` for one that is not ours."""
+        if self.key_file is None:
+            return self
+        found, ours = read_identity(self.key_file), self.identity
+        if (found.name, found.role, found.fleet_public) != (ours.name, ours.role, ours.fleet_public):
+            raise ConfigError(
+                f"{self.key_file} is of another name, role or fleet than {ours.name!r}: that needs a restart"
+            )
+        return replace(self, identity=found)
 
     def admit(self, hello: Hello, public: str) -> str:
         """The role of whoever says `hello` with that key. Raises `Unauthorized` or `Forbidden`."""

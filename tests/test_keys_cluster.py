@@ -152,6 +152,21 @@ def test_revoking_a_key_ends_what_runs_in_its_name(folder: Path, monkeypatch: py
                 assert cluster.client().generate([6, number], max_tokens=2, ignore_eos=True).finish_reason == "length"
 
 
+def test_daemons_get_other_keys_without_a_restart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROSERVE_KEY_FILE", str(folder / "root.key"))
+    engine, router = (*FAKE, "--key-file", str(folder / "e0.key")), ("--key-file", str(folder / "r.key"))
+    with Cluster(engines=1, engine_args=engine, router_args=router) as cluster:
+        (epoch,) = [each.info.epoch for each in cluster.client().status().engines]
+        for name, role in (("e0", "engine"), ("r", "router")):
+            assert revoke(folder, name)
+            cluster.wait_for(lambda status: state_of(status, "e0") != "ready", f"{name} to be let go of")
+            (folder / f"{name}.key").unlink()
+            new_identity(folder, name, role, new_key_pair)
+            cluster.wait_for(lambda status: state_of(status, "e0") == "ready", f"{name} to come back")
+            assert cluster.client().generate([6, 7], max_tokens=2, ignore_eos=True).finish_reason == "length"
+        assert [each.info.epoch for each in cluster.client().status().engines] == [epoch]
+
+
 def ask_until_refused(cluster: Cluster, key_file: Path) -> None:
     """The router looks at the list four times a heartbeat."""
     while True:

@@ -165,6 +165,7 @@ class ZmqBus:
         except ConfigError as error:
             _log.error("keys were not reloaded; the old ones stay", every=10.0, error=error.message)
             return
+        self._renew_identity(security)
         # One with another role, too: its sessions have the old one.
         ended = {key.public for key in before if security.ring.find(key.public) != key}
         _log.info("keys reloaded", authorized=len(security.ring), revoked=len(ended))
@@ -182,6 +183,16 @@ class ZmqBus:
             session = connection.session
             if not session.closed and not security.knows(session.peer):
                 session.end(PeerLost(f"the key of {session.peer} was revoked"), bye="your key was revoked")
+
+    def _renew_identity(self, security: BusSecurity) -> None:
+        """A new key of ours comes into the list when it is made: what we dial from here on is dialled with it."""
+        try:
+            self.security = security.renewed()
+        except ConfigError as error:
+            _log.warning("our own key was not read again; the old one stays", every=10.0, error=error.message)
+            return
+        if self.security.identity.public != security.identity.public:
+            _log.info("our own key is another; connections from now on use it", name=self.security.identity.name)
 
     # --- time ---
 
