@@ -186,20 +186,34 @@ def test_sighup_while_an_engine_loads_is_done_once_it_is_ready(fleet: Fleet) -> 
 # --- life ------------------------------------------------------------------------------------------------------------
 
 
-def test_load_and_queue_are_shown_and_a_drain_finishes_what_runs(fleet: Fleet) -> None:
-    router, engine = fleet.router("--max-active", "1"), fleet.engine("--fake-decode-base-us", "20000")
+STOPPING = {"STOPPING": "1", "STATUS": "draining", "EXTEND_TIMEOUT_USEC": "45000000"}
+
+
+def test_a_router_shows_its_load_and_its_drain_finishes_what_runs_and_what_is_queued(fleet: Fleet) -> None:
+    router = fleet.router("--max-active", "1")
+    fleet.engine("--fake-decode-base-us", "20000")
     with fleet.until_ready():
         with running(lambda: fleet.complete(150)) as first, running(lambda: fleet.complete(150)) as second:
             shown = router.manager.until("STATUS", holds=lambda told: "1 queued" in told["STATUS"])
             assert shown["STATUS"].startswith("1 of 1 engines ready: 1 requests running, 1 queued, ")
-            engine.manager.until("STATUS", holds=lambda told: told["STATUS"].startswith("ready: 1 running, 0 waiting"))
-            for unit in (router, engine):
-                unit.manager.until("WATCHDOG"), unit.manager.until("WATCHDOG")
-                unit.daemon.terminate()
-                stopping = unit.manager.until("STOPPING")
-                assert stopping == {"STOPPING": "1", "STATUS": "draining", "EXTEND_TIMEOUT_USEC": "45000000"}
+            router.manager.until("WATCHDOG"), router.manager.until("WATCHDOG")
+            router.daemon.terminate()
+            assert router.manager.until("STOPPING") == STOPPING
         assert (*first, *second) == (150, 150)
-        assert (router.daemon.wait(), engine.daemon.wait()) == (0, 0)
+        assert router.daemon.wait() == 0
+
+
+def test_an_engine_shows_its_load_and_its_drain_finishes_what_runs(fleet: Fleet) -> None:
+    fleet.router()
+    engine = fleet.engine("--fake-decode-base-us", "20000")
+    with fleet.until_ready():
+        with running(lambda: fleet.complete(200)) as request:
+            engine.manager.until("STATUS", holds=lambda told: told["STATUS"].startswith("ready: 1 running, 0 waiting"))
+            engine.manager.until("WATCHDOG")
+            engine.daemon.terminate()
+            assert engine.manager.until("STOPPING") == STOPPING
+        assert request == [200]
+        assert engine.daemon.wait() == 0
 
 
 # --- reloads ---------------------------------------------------------------------------------------------------------
