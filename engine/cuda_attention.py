@@ -117,11 +117,13 @@ class StepAttention:
     pages: Tensor
     prefill: Prefill | None
 
-    def attend(self, layer: int, turning: Tensor, value: Tensor) -> Tensor:
-        """See `Attention.attend`."""
+    def attend(self, layer: int, turning: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Attention.attend`; in `out` where it is given."""
         parts, decodes = self.parts, self.decodes
         count, heads = turning.shape[0], parts.heads
-        result = torch.empty(count, heads, parts.head_dim, dtype=turning.dtype, device=turning.device)
+        if out is None:
+            out = torch.empty(count, heads * parts.head_dim, dtype=turning.dtype, device=turning.device)
+        result = out.view(count, heads, parts.head_dim)
         if decodes:
             parts.decode.attend(
                 layer, turning[:decodes], value[:decodes], self.positions, self.indptr, self.table, result[:decodes]
@@ -140,9 +142,9 @@ class StepAttention:
                 self.pages,
                 self.prefill.fresh,
             )
-            query, out = turning[:, :heads], result[decodes:]
+            query, attended = turning[:, :heads], result[decodes:]
             if self.prefill.fresh:
-                self.prefill.wrapper.run(query, turning[:, heads:], value, out=out)
+                self.prefill.wrapper.run(query, turning[:, heads:], value, out=attended)
             else:
-                self.prefill.wrapper.run(query, parts.views[layer], out=out)
-        return result.view(count, heads * parts.head_dim)
+                self.prefill.wrapper.run(query, parts.views[layer], out=attended)
+        return out

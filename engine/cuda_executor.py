@@ -2,7 +2,8 @@
 
 `launch` enqueues a step and returns; `collect` waits for the oldest. A token that is sampled stays on the GPU, in its
 sequence's slot, where the next step finds it. A step of decodes alone replays a graph of the next larger captured batch
-size; rows that only pad it stand on a page that no sequence owns.
+size; rows that only pad it stand on a page that no sequence owns. A step with prompts of up to a thousand tokens
+replays the graphs of `SegmentGraphs`.
 
 What the CPU writes for the GPU to read (pinned) exists twice and is used in turn: with two steps in flight, the one
 before the last has been collected.
@@ -20,6 +21,7 @@ import torch
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays
 from microserve.engine.cuda_sampler import draw, greedy, on_device
+from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.plan import Sampled, StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
@@ -107,6 +109,7 @@ class CudaExecutor:
         self._device_staging = torch.zeros(self._capacity, dtype=torch.int32, device=device)
         self._results = [torch.empty(max_running + step_tokens, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._make_graph_buffers(max_running)
+        self._segments = SegmentGraphs(decoder, self._device_staging, self._ids, step_tokens)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
         shape = pool.shape
         self._layout = Layout(
@@ -212,6 +215,9 @@ class CudaExecutor:
         self._graph_staging = [torch.zeros(length, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._graph_arrays = [each.numpy() for each in self._graph_staging]
         self._graph_tokens = torch.zeros(most, dtype=torch.int32, device=self._device)
+        head = self._decoder.weights.head
+        # Of all sizes: one step's are read before the next runs.
+        self._graph_logits = torch.empty(most, head.shape[0], dtype=head.dtype, device=self._device)
 
     def _input(self, name: str, size: int) -> Tensor:
         place = self._places[name]
@@ -258,7 +264,7 @@ class CudaExecutor:
             prefill=None,
         )
         hidden = self._decoder.forward(self._ids(self._input("source", size)), attention)
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(hidden, self._graph_logits[:size])
         best, ids = greedy(logits)
         self._last.index_copy_(0, self._input("slots", size).long(), ids)
         self._graph_tokens[:size] = torch.where(torch.isfinite(best), ids, -1).int()
@@ -270,9 +276,11 @@ class CudaExecutor:
         return torch.where(known, source.long(), self._last[torch.where(known, 0, -1 - source)])
 
     def _capture(self, progress: Callable[[int, int], None] | None) -> None:
-        """Captures a decode step for every size of the ladder, the largest first: the others share its memory."""
+        """Captures a decode step for every size of the ladder, the largest first: the others share its memory. Then
+        what steps with prompts replay."""
         memory = None
         sizes = sorted(self._sizes, reverse=True)
+        total = len(sizes) + len(self._segments.sizes)
         with torch.cuda.stream(self._stream):
             for done, size in enumerate(sizes):
                 self._fill(_pads(size, self._pad_page, self._slot_count - 1), size)
@@ -285,14 +293,22 @@ class CudaExecutor:
                 memory = graph.pool()
                 self._graphs[size] = _Graph(graph, logits)
                 if progress is not None:
-                    progress(done + 1, len(sizes))
+                    progress(done + 1, total)
+            self._segments.capture(
+                memory, lambda done: None if progress is None else progress(len(sizes) + done, total)
+            )
         torch.cuda.synchronize(self._device)
 
     # --- steps with prompts ------------------------------------------------------------------------------------------
 
     def _mixed(self, arrays: StepArrays) -> tuple[Tensor, Tensor]:
+        tokens = len(arrays.source)
+        size = self._segments.size(tokens)
+        source = np.zeros(size or tokens, dtype=np.int32)
+        source[:tokens] = arrays.source
         staged = self._stage(
-            arrays.source,
+            # First: it is where the graphs of segments look for it.
+            source,
             arrays.positions,
             arrays.pages,
             arrays.decode_indptr,
@@ -301,17 +317,20 @@ class CudaExecutor:
             arrays.sampled_slots,
             arrays.prefill_pages,
         )
-        source, positions, pages, indptr, table, rows, slots, prefill_pages = staged
+        ids, positions, pages, indptr, table, rows, slots, prefill_pages = staged
         prefill = None
         if len(arrays.prefill_last):
-            tokens = _pinned(arrays.prefill_tokens)
+            ends = _pinned(arrays.prefill_tokens)
             if arrays.fresh:
-                prefill = self._attention.plan_fresh(self._parity, tokens)
+                prefill = self._attention.plan_fresh(self._parity, ends)
             else:
                 lengths, last = _pinned(arrays.prefill_indptr), _pinned(arrays.prefill_last)
-                prefill = self._attention.plan_paged(self._parity, tokens, lengths, prefill_pages, last)
+                prefill = self._attention.plan_paged(self._parity, ends, lengths, prefill_pages, last)
         attention = StepAttention(self._attention, positions, arrays.decodes, indptr, table, pages, prefill)
-        hidden = self._decoder.forward(self._ids(source), attention, rows.long())
+        if size is None:
+            hidden = self._decoder.forward(self._ids(ids), attention, rows.long())
+        else:
+            hidden = self._segments.forward(tokens, size, attention, rows.long())
         if not len(arrays.sampled_rows):
             return hidden, self._graph_tokens[:0]
         logits = self._decoder.logits(hidden)

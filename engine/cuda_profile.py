@@ -9,17 +9,21 @@ import numpy as np
 import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
+from microserve.engine.cuda_sampler import draw
 from microserve.kv.pool import PagePool, PageShape
+from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
     from microserve.engine.model.decoder import Decoder
+
+_WORST = SamplingParams(temperature=1.0, top_k=100, top_p=0.9, min_p=0.01)
 
 
 def worst_step_bytes(
     decoder: Decoder, shape: PageShape, device: torch.device, step_tokens: int, max_running: int
 ) -> int:
-    """Bytes that a step of one prompt of `step_tokens` tokens needs above the weights, with logits of `max_running`
-    rows and a sorted copy of them, as top-p needs."""
+    """Bytes that a step of one prompt of `step_tokens` tokens needs above the weights, with tokens drawn for
+    `max_running` rows by all settings there are."""
     tokens = min(step_tokens, decoder.cos.shape[0])
     pages = -(-tokens // shape.page_size)
     torch.cuda.synchronize(device)
@@ -38,7 +42,8 @@ def worst_step_bytes(
             step = StepAttention(attention, places, 0, table, table, targets, prefill)
             hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
             logits = decoder.logits(hidden[: min(tokens, max_running)])
-            torch.softmax(logits.float(), dim=-1).sort(dim=-1, descending=True)
+            rows = len(logits)
+            draw(logits, [_WORST] * rows, range(rows), [0] * rows)
         torch.cuda.synchronize(device)
     # The pool and the workspaces are among it: the real ones take their place.
     peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes

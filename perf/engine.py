@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="(default: %(default)s)")
     parser.add_argument("--batches", default="1,8,64,256", help="decode batches (default: %(default)s)")
-    parser.add_argument("--prompts", default="512,2048,8192", help="prefill lengths (default: %(default)s)")
+    parser.add_argument("--prompts", default="128,512,2048,8192", help="prefill lengths (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="throughput: requests (default: %(default)s)")
     parser.add_argument("--executor", choices=("cuda", "torch"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--limits", action="store_true", help="measure the GPU's limits first (perf.roofline)")

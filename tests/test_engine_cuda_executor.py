@@ -210,6 +210,18 @@ def test_prompts_longer_than_a_step_come_in_chunks(serving: Serving, oracle: Rou
         oracle.check_near(prompt, answer, 60 if len(prompt) == 5 else 8)
 
 
+def test_steps_of_every_size_and_too_large_for_a_graph(checkpoint: Path, dtype: str, oracle: RoundedOracle) -> None:
+    serving = Serving(checkpoint, dtype, step_tokens=1200, max_running=12)
+    try:
+        for size in (2, 15, 33, 97, 130, 200, 260, 400, 600, 1000, 1024, 1025, 1101):
+            given = prompts([100] * ((size - 1) // 100) + [(size - 1) % 100 + 1], seed=size)
+            for prompt, answer in zip(given, serving.run(given, [3] * len(given)), strict=True):
+                oracle.check_near(prompt, answer, 3)
+            serving.cache.evict()
+    finally:
+        serving.executor.close()
+
+
 def test_more_requests_than_places_and_every_graph(serving: Serving, oracle: RoundedOracle) -> None:
     lengths = [3 + i % 29 for i in range(60)]
     given = prompts(lengths, seed=2)

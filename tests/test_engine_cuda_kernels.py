@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from microserve.engine.model.kernels import rotate
 from microserve.kv.pool import PagePool, PageShape
+from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def test_decodes_store_their_token_and_attend_to_all_before_it(
             assert relative_error(out[row], exact) < TOLERANCE[dtype], (layer, position)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_products_of_few_rows(rows: int, parts: int) -> None:
     from microserve.engine.model.cuda_skinny import Tiling, gated, linear, linear_add_norm
@@ -105,3 +106,23 @@ def test_a_matrix_that_a_tiling_does_not_divide_is_not_for_it() -> None:
     assert not fits(weight, Tiling(64, 128))
     assert not fits(weight, Tiling(32, 128, parts=4))
     assert not fits(weight, Tiling(32, 128), gated=True)
+
+
+def test_a_row_is_drawn_alike_whatever_it_is_drawn_with() -> None:
+    from microserve.engine.cuda_sampler import draw
+
+    torch.manual_seed(0)
+    rows = 300
+    logits = torch.randn(rows, 1000, device=DEVICE).bfloat16() * 3
+    each = (
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=1.0, top_k=7),
+        SamplingParams(temperature=2.0, top_p=0.6, min_p=0.02),
+    )
+    settings = [each[row % 3] for row in range(rows)]
+    together = draw(logits, settings, range(rows), [4] * rows)
+    alone = [draw(logits[row : row + 1], settings[row : row + 1], [row], [4]) for row in range(rows)]
+    assert torch.equal(together, torch.cat(alone))
+    best = logits[1::3].float().topk(7).indices
+    assert (together[1::3, None] == best).any(dim=1).all()
+    assert len(set(together.tolist())) > rows / 3

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The fastest of nine tilings on an H200, at 1, 8 and 16 rows.
+# The fastest of the tilings tried on an H200, at 1, 8 and 16 rows, and at 32 and 64.
+_FEW = 16
 _LINEAR = skinny.Tiling(64, 128)
-_GATED = skinny.Tiling(32, 128, stages=5)
-_ADDED = skinny.Tiling(64, 128, parts=4)
+_GATED_FEW, _GATED = skinny.Tiling(32, 128, stages=5), skinny.Tiling(64, 64, stages=5)
+_ADDED_FEW, _ADDED = skinny.Tiling(64, 128, parts=4), skinny.Tiling(64, 128, parts=2)
 _LARGE = 32768
 """Matrix rows from which a product by itself is worth our kernel: cuBLAS is faster below."""
 
@@ -37,10 +38,14 @@ class CudaKernels:
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_skinny(x) and weight.shape[0] >= _LARGE and skinny.fits(weight, _LINEAR):
-            return skinny.linear(x, weight, bias, _LINEAR)
-        return functional.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        if self._overlap and len(x) <= _FEW and weight.shape[0] >= _LARGE and skinny.fits(weight, _LINEAR):
+            return skinny.linear(x, weight, bias, _LINEAR, out)
+        if out is None:
+            return functional.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -50,15 +55,17 @@ class CudaKernels:
     def linear_add_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        if self._is_skinny(x) and bias is None and skinny.fits(weight, _ADDED):
-            return skinny.linear_add_norm(x, weight, residual, norm, eps, _ADDED)
+        tiling = _ADDED_FEW if len(x) <= _FEW else _ADDED
+        if self._is_skinny(x) and bias is None and skinny.fits(weight, tiling):
+            return skinny.linear_add_norm(x, weight, residual, norm, eps, tiling)
         added = functional.linear(x, weight, bias)
         flashinfer.norm.fused_add_rmsnorm(added, residual, norm, eps)
         return added, residual
 
     def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_skinny(x) and bias is None and skinny.fits(weight, _GATED, gated=True):
-            return skinny.gated(x, weight, _GATED)
+        tiling = _GATED_FEW if len(x) <= _FEW else _GATED
+        if self._is_skinny(x) and bias is None and skinny.fits(weight, tiling, gated=True):
+            return skinny.gated(x, weight, tiling)
         product: Tensor = flashinfer.activation.silu_and_mul(functional.linear(x, weight, bias))
         return product
 

@@ -17,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ROWS = 16
-"""Rows of x that these kernels take."""
+MOST_ROWS = 64
+"""Rows of x that these kernels take. Beyond, products are no longer the reading of a matrix."""
 
 
 class Tiling(NamedTuple):
@@ -31,9 +31,10 @@ class Tiling(NamedTuple):
     warps: int = 4
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """x @ weight.T + bias; `x` [rows, in], `weight` [out, in]."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; `x` [rows, in], `weight` [out, in]. `out`, where it is given, is contiguous."""
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, weight.shape[0], tiling._replace(parts=1), gated=False)
     return out
 
@@ -93,7 +94,7 @@ def _launch(
         PARTS=tiling.parts,
         ROWS=tiling.rows,
         COLUMNS=tiling.columns,
-        X_ROWS=MOST_ROWS,
+        X_ROWS=triton.next_power_of_2(max(16, rows)),
         STAGES=tiling.stages,
         num_warps=tiling.warps,
         launch_pdl=True,

@@ -65,35 +65,59 @@ class Decoder:
         """Hidden states [tokens, hidden], after the last norm, of `tokens` (int64 [tokens]), whose positions
         `attention` knows. With `rows` (int64 [n]), of those tokens alone: the last layer does no more for the others
         than store their KV."""
-        config, kernels, layers = self.config, self._kernels, self.weights.layers
-        eps, heads, head_dim = config.norm_eps, config.heads, config.head_dim
-        hidden = self.weights.embedding[tokens]
-        count = tokens.shape[0]
-        normed = kernels.rms_norm(hidden, layers[0].input_norm, eps)
-        for index, layer in enumerate(layers):
-            qkv = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(count, -1, head_dim)
-            turning, value = torch.split(qkv, self._split, dim=1)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                query = kernels.rms_norm(turning[:, :heads], layer.query_norm, eps)
-                key = kernels.rms_norm(turning[:, heads:], layer.key_norm, eps)
-                turning = torch.cat((query, key), dim=1)
+        hidden, turning, value = self.begin(tokens)
+        last = len(self.weights.layers) - 1
+        for index in range(last):
             attended = attention.attend(index, turning, value)
-            last = index + 1 == len(layers)
-            if last and rows is not None:
-                attended, hidden = attended[rows], hidden[rows]
-                if rows.shape[0] == 0:
-                    return hidden
-            normed, hidden = kernels.linear_add_norm(
-                attended, layer.output, layer.output_bias, hidden, layer.mlp_norm, eps
-            )
-            wide = kernels.gated(normed, layer.gate_up, layer.gate_up_bias)
-            following = self.weights.norm if last else layers[index + 1].input_norm
-            normed, hidden = kernels.linear_add_norm(wide, layer.down, layer.down_bias, hidden, following, eps)
-        return normed
+            hidden, turning, value = self.between(index, attended, hidden)
+        return self.end(attention.attend(last, turning, value), hidden, rows)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    # What `forward` is made of: all but attention, whose shapes depend on nothing but the number of tokens. Of `qkv`
+    # [tokens, (heads + 2 * kv_heads) * head_dim], where it is given, `turning` and `value` are parts.
+
+    def begin(self, tokens: Tensor, qkv: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden, turning, value) before the attention of the first layer."""
+        first = self.weights.layers[0]
+        hidden = self.weights.embedding[tokens]
+        normed = self._kernels.rms_norm(hidden, first.input_norm, self.config.norm_eps)
+        return hidden, *self._project(normed, first, qkv)
+
+    def between(
+        self, index: int, attended: Tensor, hidden: Tensor, qkv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden, turning, value) before the attention of the layer behind `index`, whose own gave `attended`."""
+        following = self.weights.layers[index + 1]
+        normed, hidden = self._finish(index, attended, hidden, following.input_norm)
+        return hidden, *self._project(normed, following, qkv)
+
+    def end(self, attended: Tensor, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What `forward` returns."""
+        if rows is not None:
+            attended, hidden = attended[rows], hidden[rows]
+            if rows.shape[0] == 0:
+                return hidden
+        return self._finish(len(self.weights.layers) - 1, attended, hidden, self.weights.norm)[0]
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [rows, vocab], in the model's dtype, of hidden states [rows, hidden] that `forward` gave."""
-        return self._kernels.linear(hidden, self.weights.head, None)
+        return self._kernels.linear(hidden, self.weights.head, None, out)
+
+    def _project(self, normed: Tensor, layer: LayerWeights, qkv: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [tokens, heads + kv_heads, head_dim], not rotated yet, and values."""
+        config, kernels, heads = self.config, self._kernels, self.config.heads
+        projected = kernels.linear(normed, layer.qkv, layer.qkv_bias, qkv).view(normed.shape[0], -1, config.head_dim)
+        turning, value = torch.split(projected, self._split, dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            turning[:, :heads] = kernels.rms_norm(turning[:, :heads], layer.query_norm, config.norm_eps)
+            turning[:, heads:] = kernels.rms_norm(turning[:, heads:], layer.key_norm, config.norm_eps)
+        return turning, value
+
+    def _finish(self, index: int, attended: Tensor, hidden: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(normed, hidden) behind a layer: its output product and its MLP."""
+        kernels, layer, eps = self._kernels, self.weights.layers[index], self.config.norm_eps
+        normed, hidden = kernels.linear_add_norm(attended, layer.output, layer.output_bias, hidden, layer.mlp_norm, eps)
+        wide = kernels.gated(normed, layer.gate_up, layer.gate_up_bias)
+        return kernels.linear_add_norm(wide, layer.down, layer.down_bias, hidden, norm, eps)
 
 
 def _rotary_tables(config: DecoderConfig, max_context: int, like: Tensor) -> tuple[Tensor, Tensor]:

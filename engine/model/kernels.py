@@ -18,8 +18,8 @@ class Kernels(Protocol):
         """A matrix [out, in] in the form that `linear` is fastest with: `weight` itself, or a tensor of its own."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias, of a packed matrix."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias, of a packed matrix; in `out` where it is given."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -53,8 +53,9 @@ class TorchKernels:
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        product = functional.linear(x, weight, bias)
+        return product if out is None else out.copy_(product)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype == torch.float32:
@@ -90,9 +91,9 @@ class PackedKernels(TorchKernels):
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return packed
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        return product if out is None else out.copy_(product)
 
 
 def cpu_kernels(dtype: torch.dtype) -> Kernels:

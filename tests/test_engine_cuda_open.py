@@ -1,0 +1,45 @@
+"""What is refused before a GPU is touched."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from microserve.engine import cuda_open
+from microserve.engine.cuda_segments import segment_sizes
+from microserve.runtime.config import EngineConfig
+from microserve.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_without_flashinfer_the_error_says_what_to_install_and_what_serves_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda_open, "find_spec", lambda name: None if name == "flashinfer" else find_spec(name))
+    config = EngineConfig(model=str(tmp_path), executor="cuda")
+    with pytest.raises(ConfigError) as refused:
+        cuda_open.open_cuda_executor(config, torch.device("cuda:0"))
+    assert str(refused.value) == (
+        "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch, "
+        "which serves on this GPU without it, slowly"
+    )
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cuda_open.cuda_device("cuda:1") == torch.device("cuda:1")
+    assert cuda_open.cuda_device("cuda") == torch.device("cuda:0")
+    assert cuda_open.cuda_device("cpu") is None
+    with pytest.raises(ConfigError, match="device 'cuda:2': this machine has 2 GPUs that torch can use"):
+        cuda_open.cuda_device("cuda:2")
+
+
+def test_graphs_of_steps_with_prompts_are_captured_for_no_more_tokens_than_a_step_has() -> None:
+    assert segment_sizes(8192)[-1] == 1024
+    assert segment_sizes(200) == (16, 32, 64, 96, 128, 192)
+    assert segment_sizes(1) == (16,)
