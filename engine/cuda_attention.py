@@ -20,6 +20,8 @@ from microserve.engine.cuda_decode import DecodeAttention
 from microserve.engine.model.cuda_kernels import rotate_and_store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from microserve.engine.model.decoder import Decoder
@@ -101,12 +103,13 @@ class PagedAttention:
         return Prefill(self._fresh, True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepAttention:
-    """Implements `Attention` for one planned step: `decodes` rows first, then those of `prefill`.
+    """Implements `Attention` for one step: `decodes` rows first, then those of a prefill.
 
     `positions` int32 [tokens]. `indptr` and `table` int32: the pages of the decodes. `pages` int32 [tokens - decodes]:
-    the page that each token of a prompt goes to.
+    the page that each token of a prompt goes to. `plan` gives the prefill, if there is one; it is asked when the first
+    layer attends, so that the GPU has work while the CPU plans.
     """
 
     parts: PagedAttention
@@ -115,7 +118,8 @@ class StepAttention:
     indptr: Tensor
     table: Tensor
     pages: Tensor
-    prefill: Prefill | None
+    plan: Callable[[], Prefill] | None
+    _prefill: Prefill | None = None
 
     def attend(self, layer: int, turning: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Attention.attend`; in `out` where it is given."""
@@ -128,7 +132,8 @@ class StepAttention:
             parts.decode.attend(
                 layer, turning[:decodes], value[:decodes], self.positions, self.indptr, self.table, result[:decodes]
             )
-        if self.prefill is not None:
+        if self.plan is not None:
+            prefill = self._prefill = self._prefill or self.plan()
             turning, value = turning[decodes:], value[decodes:]
             rotate_and_store(
                 turning,
@@ -140,11 +145,11 @@ class StepAttention:
                 parts.decoder.sin,
                 self.positions[decodes:],
                 self.pages,
-                self.prefill.fresh,
+                prefill.fresh,
             )
             query, attended = turning[:, :heads], result[decodes:]
-            if self.prefill.fresh:
-                self.prefill.wrapper.run(query, turning[:, heads:], value, out=attended)
+            if prefill.fresh:
+                prefill.wrapper.run(query, turning[:, heads:], value, out=attended)
             else:
-                self.prefill.wrapper.run(query, parts.views[layer], out=attended)
+                prefill.wrapper.run(query, parts.views[layer], out=attended)
         return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from microserve.engine.cuda_attention import Prefill
     from microserve.engine.model.decoder import Decoder
     from microserve.engine.plan import SequenceStart
     from microserve.kv.pool import PagePool
@@ -261,7 +263,7 @@ class CudaExecutor:
             indptr=self._input("indptr", size),
             table=self._graph_inputs[self._pages_place :],
             pages=self._graph_inputs[:0],
-            prefill=None,
+            plan=None,
         )
         hidden = self._decoder.forward(self._ids(self._input("source", size)), attention)
         logits = self._decoder.logits(hidden, self._graph_logits[:size])
@@ -318,15 +320,8 @@ class CudaExecutor:
             arrays.prefill_pages,
         )
         ids, positions, pages, indptr, table, rows, slots, prefill_pages = staged
-        prefill = None
-        if len(arrays.prefill_last):
-            ends = _pinned(arrays.prefill_tokens)
-            if arrays.fresh:
-                prefill = self._attention.plan_fresh(self._parity, ends)
-            else:
-                lengths, last = _pinned(arrays.prefill_indptr), _pinned(arrays.prefill_last)
-                prefill = self._attention.plan_paged(self._parity, ends, lengths, prefill_pages, last)
-        attention = StepAttention(self._attention, positions, arrays.decodes, indptr, table, pages, prefill)
+        plan = partial(self._plan, arrays, prefill_pages) if len(arrays.prefill_last) else None
+        attention = StepAttention(self._attention, positions, arrays.decodes, indptr, table, pages, plan)
         if size is None:
             hidden = self._decoder.forward(self._ids(ids), attention, rows.long())
         else:
@@ -337,6 +332,13 @@ class CudaExecutor:
         best, ids = greedy(logits)
         self._last.index_copy_(0, slots.long(), ids)
         return logits, torch.where(torch.isfinite(best), ids, -1).int()
+
+    def _plan(self, arrays: StepArrays, pages: Tensor) -> Prefill:
+        ends = _pinned(arrays.prefill_tokens)
+        if arrays.fresh:
+            return self._attention.plan_fresh(self._parity, ends)
+        lengths, last = _pinned(arrays.prefill_indptr), _pinned(arrays.prefill_last)
+        return self._attention.plan_paged(self._parity, ends, lengths, pages, last)
 
     def _stage(self, *arrays: np.ndarray) -> list[Tensor]:
         """The arrays on the GPU, by one copy."""

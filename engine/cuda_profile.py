@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,8 +39,11 @@ def worst_step_bytes(
         positions = np.arange(tokens, dtype=np.int32)
         places = torch.from_numpy(positions).to(device)
         targets = torch.from_numpy(positions // shape.page_size).to(device)
-        for prefill in (attention.plan_fresh(0, lengths), attention.plan_paged(0, lengths, ends, table, last)):
-            step = StepAttention(attention, places, 0, table, table, targets, prefill)
+        for plan in (
+            partial(attention.plan_fresh, 0, lengths),
+            partial(attention.plan_paged, 0, lengths, ends, table, last),
+        ):
+            step = StepAttention(attention, places, 0, table, table, targets, plan)
             hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
             logits = decoder.logits(hidden[: min(tokens, max_running)])
             rows = len(logits)
@@ -47,7 +51,7 @@ def worst_step_bytes(
         torch.cuda.synchronize(device)
     # The pool and the workspaces are among it: the real ones take their place.
     peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes
-    del pool, attention, prefill, step, hidden, logits, table, places, targets
+    del pool, attention, plan, step, hidden, logits, table, places, targets
     gc.collect()
     torch.cuda.empty_cache()
     return peak

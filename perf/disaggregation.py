@@ -1,7 +1,9 @@
 """Two engines on two GPUs: what moving KV between them costs, against a plain peer copy in the same run.
 
-`remote_send` of cached prompts from a fresh pool and from a fragmented one, in GB/s of the pushes; and the time to the
-first token of a prompt that one engine prefills and the other continues (1P1D), against a local prefill.
+`remote_send` of cached prompts from a fresh pool and from a fragmented one, in GB/s of the pushes; what pushes cost the
+decodes of the engine that sends; and the time to the first token of a prompt that one engine prefills and the other
+continues (1P1D), against a local prefill. With one GPU for both, a copy takes next to no time: what a push takes then
+is what it costs to order it and to see its end.
 """
 
 from __future__ import annotations
@@ -48,36 +50,37 @@ from perf.shapes import write_shape
 if TYPE_CHECKING:
     from microserve.runtime.rpc import IncomingCall
 
-_GREEDY = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-
 
 def main() -> None:
     bench = Benchmark("disaggregation", "KV between two engines on two GPUs")
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="llama-3.1-8b", help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=3000, help="prompt length (default: %(default)s)")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="of sender and receiver (default: %(default)s)")
     parser.add_argument("--pages", type=int, default=6000, help="pages of each pool (default: %(default)s)")
     args = bench.arguments(parser, repeat=9, warmup=2)
-    if torch.cuda.device_count() < 2:
-        raise SystemExit("perf.disaggregation: two GPUs are needed")
-    copied = _peer_copy(args.repeat)
-    bench.row("peer copy of 1 GiB", copied, unit="GB/s")
+    devices = tuple(args.devices.split(","))
+    most = max(int(each.removeprefix("cuda:")) for each in devices)
+    if torch.cuda.device_count() <= most:
+        raise SystemExit(f"perf.disaggregation: there is no cuda:{most} (--devices)")
+    copied = _peer_copy(devices[0], devices[1], args.repeat)
+    bench.row("peer copy of 1 GiB", copied, unit="GB/s", note=args.devices)
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(Path(folder) / args.shape, args.shape)
-        asyncio.run(_run(bench, args, model, copied.median))
+        asyncio.run(_run(bench, args, model, devices, copied.median))
     bench.finish(args)
 
 
-def _peer_copy(repeat: int) -> Sample:
-    here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
-    there = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
+def _peer_copy(sender: str, receiver: str, repeat: int) -> Sample:
+    here = torch.empty(1 << 30, dtype=torch.uint8, device=sender)
+    there = torch.empty(1 << 30, dtype=torch.uint8, device=receiver)
     rates = []
     for attempt in range(repeat + 2):
-        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(sender)
         began = time.perf_counter()
         there.copy_(here)
-        torch.cuda.synchronize(0)
-        torch.cuda.synchronize(1)
+        torch.cuda.synchronize(sender)
+        torch.cuda.synchronize(receiver)
         if attempt >= 2:
             rates.append((1 << 30) / (time.perf_counter() - began) / 1e9)
     return Sample(tuple(rates))
@@ -99,14 +102,14 @@ class _Router:
             call.reply(Ok())
 
 
-async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, limit: float) -> None:
+async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, devices: tuple[str, ...], limit: float) -> None:
     bus = ZmqBus(Peer("router", "perf", new_epoch()))
     router = _Router()
     listener = await bus.listen("tcp://127.0.0.1:*", router.server)
     processes = []
-    for name, device in (("a", 0), ("b", 1)):
+    for name, device in zip("ab", devices, strict=True):
         command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
-        command += ["--executor", "cuda", "--device", f"cuda:{device}", "--step-tokens", "8192", "--max-running", "64"]
+        command += ["--executor", "cuda", "--device", device, "--step-tokens", "8192", "--max-running", "64"]
         command += ["--max-context", "16384", "--routers", listener.endpoint, "--engine-id", name]
         command += ["--transport", "nixl", "--kv-pages", str(args.pages), "--log-level", "warning"]
         processes.append(await asyncio.create_subprocess_exec(*command, env=os.environ))
@@ -137,6 +140,14 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, limit: f
                 note="all",
             )
         await pair.evict()
+        await pair.decode_step()
+        alone, pushing = [], []
+        for _ in range(3):
+            alone.append(await pair.decode_step())
+            milliseconds, rate = await pair.decode_step_while_pushing()
+            pushing.append(milliseconds)
+        bench.row("decode 8, alone", Sample(tuple(alone)), unit="ms")
+        bench.row("decode 8, while pushing", Sample(tuple(pushing)), unit="ms", note=f"{rate:.0f} GB/s meanwhile")
         for _ in range(args.warmup):
             await pair.local()
             await pair.disaggregated()
@@ -190,8 +201,9 @@ class _Pair:
         self._number += 1
         return {"request_id": f"r{self._number}", "sub_id": f"s{self._number}"}
 
-    async def _generate(self, client: RpcClient, prompt: bytes, **fields: Any) -> Generated:
-        reply = await client.call(StartGenerate(prompt=prompt, sampling=_GREEDY, **self._names(), **fields))
+    async def _generate(self, client: RpcClient, prompt: bytes, tokens: int = 1, **fields: Any) -> Generated:
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        reply = await client.call(StartGenerate(prompt=prompt, sampling=sampling, **self._names(), **fields))
         if not isinstance(reply, Generated):
             raise TypeError(reply)
         return reply
@@ -206,6 +218,9 @@ class _Pair:
         """Sends a prompt that the sender has cached."""
         prompt = self._prompt()
         await self._generate(self._sender, prompt)
+        return await self._send_cached(prompt)
+
+    async def _send_cached(self, prompt: bytes) -> SendReport:
         address = (await self._prepare(prompt, self._tokens // 16 * 16)).address
         reply = await self._sender.call(
             RemoteSend(prompt=prompt, address=address, begin=0, end=address.end, **self._names())
@@ -214,6 +229,36 @@ class _Pair:
         if not isinstance(reply, SendReport):
             raise TypeError(reply)
         return reply
+
+    async def decode_step(self) -> float:
+        """Milliseconds a step of eight decodes on the sender: the slope between 32 and 256 outputs."""
+        seconds = []
+        for outputs in (32, 256):
+            began = time.perf_counter()
+            await asyncio.gather(*[self._generate(self._sender, self._prompt(128), outputs) for _ in range(8)])
+            seconds.append(time.perf_counter() - began)
+        return 1e3 * (seconds[1] - seconds[0]) / (256 - 32)
+
+    async def decode_step_while_pushing(self) -> tuple[float, float]:
+        """The same while one push follows the other, and their GB/s."""
+        prompt = self._prompt()
+        await self._generate(self._sender, prompt)
+        ended, pushed = asyncio.Event(), 0
+
+        async def push() -> None:
+            nonlocal pushed
+            while not ended.is_set():
+                pushed += (await self._send_cached(prompt)).bytes
+
+        began = time.perf_counter()
+        pushes = asyncio.ensure_future(push())
+        try:
+            milliseconds = await self.decode_step()
+            rate = pushed / (time.perf_counter() - began) / 1e9
+        finally:
+            ended.set()
+            await pushes
+        return milliseconds, rate
 
     async def local(self) -> float:
         """Seconds to the first token of a prompt that nobody has cached."""

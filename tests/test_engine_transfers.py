@@ -252,7 +252,7 @@ class _Recorder:
 
 
 def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
-    pair: tuple[End, End], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[End, End], hub: LoopbackHub, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = pair
     event = _Recorder()
@@ -274,6 +274,11 @@ def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
     assert longest() == 0.5e-3
     hub.hold()
     one.push("two:2", [0], [0])
+    event.waits.clear()
+    for _ in range(60):
+        one.transfers._pause(one.transfers.turn())
+    assert event.waits == [], "the push is young"
+    clock.advance(3e-3)
     assert longest() == 0.1e-3
     hub.let_go()
     one.transfers.expect(-1)
