@@ -268,6 +268,13 @@ def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, dty
     small.executor.close()
 
 
+def test_prompts_attend_by_fa3_on_hopper(serving: Serving) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("FA3 is for Hopper")
+    attention = serving.executor._attention
+    assert (attention._paged._backend, attention._fresh._backend) == ("fa3", "fa3")
+
+
 def test_a_prompts_lone_token_need_not_be_sampled(serving: Serving) -> None:
     history, sampling = np.array([7, 8, 9], dtype=np.int32), SamplingParams(temperature=0.0, max_tokens=4)
     start = SequenceStart(10**6, history, 3, sampling, 0, ())
