@@ -113,6 +113,7 @@ class RouterCore:
         self.fleet = EngineFleet(bus, prepare=self._prepare, clock=clock)
         self.fleet.event = self.events.add
         self.versions.changed = lambda told: self.events.add("strategy", detail=told)
+        self.versions.models = lambda: {link.info.model.name for link in self.fleet.links}
         self._me = bus.me
         self._version = version
         self._clock = clock

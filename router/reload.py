@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.router.core import RouterCore
+    from microserve.router.strategies.catalog import Catalog
     from microserve.runtime.settings import RouterConfig
 
 _HINT = "it takes a restart, or now: microserve strategy set"
@@ -33,9 +34,23 @@ def router_reload(
     def nothing(config: RouterConfig) -> None:
         """It is looked up in the configuration when it is needed."""
 
+    elsewhere: Callable[[], Catalog] = core.versions.read
+
+    def check(config: RouterConfig) -> None:
+        """Reads the strategies again, whether the folder is another or not: files that have not changed are not run
+        again. Raises `ConfigError` when it cannot be read."""
+        nonlocal elsewhere
+        elsewhere = core.versions.read
+        if config.strategy_folder != core.config.strategy_folder:
+            folder = Path(config.strategy_folder) if config.strategy_folder else None
+            elsewhere = partial(load_catalog, folder and StrategyFolder(folder))
+        catalog = elsewhere()
+        for problem in catalog.problems:
+            _log.error("strategy cannot be used", problem=str(problem))
+        _log.info("strategies read again", usable=len(catalog.strategies), problems=len(catalog.problems))
+
     def look_there(config: RouterConfig) -> None:
-        folder = _folder(config)
-        core.versions.read_from(partial(load_catalog, folder and StrategyFolder(folder)))
+        core.versions.read_from(elsewhere)
 
     live: dict[str, Callable[[RouterConfig], object]] = {
         "max_active": nothing,
@@ -55,16 +70,4 @@ def router_reload(
         relog(config)
 
     hints = {"strategy": _HINT, "strategy_settings": _HINT}
-    return Reload(core.config, read, live, check=_check_strategies, hints=hints, changed=changed)
-
-
-def _check_strategies(config: RouterConfig) -> None:
-    """Reads the strategies again, whether the folder is another or not. Raises `ConfigError` when it cannot be read."""
-    catalog = load_catalog(_folder(config))
-    for problem in catalog.problems:
-        _log.error("strategy cannot be used", problem=str(problem))
-    _log.info("strategies read again", usable=len(catalog.strategies), problems=len(catalog.problems))
-
-
-def _folder(config: RouterConfig) -> Path | None:
-    return Path(config.strategy_folder) if config.strategy_folder else None
+    return Reload(core.config, read, live, check=check, hints=hints, changed=changed)

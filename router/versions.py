@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microserve.runtime.errors import ConfigError, InvalidRequest, NotFound
+from microserve.runtime.errors import ConfigError, InvalidRequest, ModelNotFound, NotFound
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
     ActiveStrategy,
@@ -26,7 +26,7 @@ from microserve.runtime.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from microserve.router.strategies.catalog import Catalog
@@ -84,11 +84,17 @@ class Versions:
         """What served a model before each change that was not rolled back: (number, model, lanes)."""
         self.changed: Callable[[str], None] = lambda told: None
         """Told of every change, in words."""
+        self.models: Callable[[], Collection[str]] = tuple
+        """The models that there are, as far as is known: none of another name gets versions of its own."""
         self._history: deque[StrategyChange] = deque(maxlen=_HISTORY)
         self._number = 0
         self._record(EVERY, "configured", quiet=True)
         if store is not None and store.exists():
             self._restore(store)
+
+    def read(self) -> Catalog:
+        """The sources of strategies as they are now. Raises `ConfigError` when they cannot be read at all."""
+        return self._catalog()
 
     def read_from(self, catalog: Callable[[], Catalog]) -> None:
         """Sources of strategies are elsewhere from now on. What serves is not touched."""
@@ -131,14 +137,19 @@ class Versions:
     ) -> list[ActiveStrategy]:
         """Serves `share` of a model's next requests by strategy `name`; what would serve, or does now.
 
-        With a `share` below 1, the rest stays with what serves most of them now. Sources are read again. Raises
-        `InvalidRequest` and changes nothing: no such strategy, a setting that is wrong, a source that is broken.
+        With a `share` below 1, the rest stays with what serves most of them now. Sources are read again. Raises and
+        changes nothing: `InvalidRequest` (no such strategy, a setting that is wrong, a source that is broken), or
+        `ModelNotFound`.
         """
         if not 0.0 < share <= 1.0:
             raise InvalidRequest(f"share lies above 0 and at most at 1, not {share}", param="share")
         if model == "*" or not model.isprintable():
             # Operators see "*" for every model, and lines as lines.
             raise InvalidRequest(f"{model!r} is no name of a model; leave it out for every model", param="model")
+        if model not in self._lanes and (there := self.models()) and model not in there:
+            raise ModelNotFound(
+                f"no engine serves model '{model}'; there is: {', '.join(sorted(there))}", param="model"
+            )
         if model not in self._lanes and len(self._lanes) >= _MOST_MODELS:
             raise InvalidRequest(f"{_MOST_MODELS} models have strategies of their own already", param="model")
         try:

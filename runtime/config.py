@@ -40,6 +40,7 @@ __all__ = [
     "FakeConfig",
     "RouterConfig",
     "add_flags",
+    "check_tables",
     "config_from_args",
     "default_process_id",
     "explain_config",
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 C = TypeVar("C", bound=Struct)
+
+_SECTIONS = ("engine", "router")
 
 
 def load_config(
@@ -164,18 +167,34 @@ def config_from_args(
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
-def _read_file(cls: type[Struct], file: Path, values: _Values) -> None:
+def check_tables(file: Path) -> None:
+    """Raises `ConfigError` for a file that is one daemon's alone: several can share one that has a table for each."""
+    table = _toml(file)
+    if table and not _has_tables(table):
+        raise ConfigError(
+            f"{file} has no tables [engine] and [router], and is read by both: put {', '.join(table)} under one of them"
+        )
+
+
+def _toml(file: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    sections = ("engine", "router")
-    if any(isinstance(table.get(section), dict) for section in sections):
+
+
+def _has_tables(table: Mapping[str, Any]) -> bool:
+    return any(isinstance(table.get(section), dict) for section in _SECTIONS)
+
+
+def _read_file(cls: type[Struct], file: Path, values: _Values) -> None:
+    table = _toml(file)
+    if _has_tables(table):
         for key in table:
-            if key not in sections:
-                raise _unknown(f"{file}: {key!r} beside tables [engine] and [router]", sections)
+            if key not in _SECTIONS:
+                raise _unknown(f"{file}: {key!r} beside tables [engine] and [router]", _SECTIONS)
         table = table.get(section_of(cls), {})
     _read_table(cls, table, f"{file}", (), values)
 

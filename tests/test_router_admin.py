@@ -14,7 +14,7 @@ from tests.virtual_time import run_virtual
 from microserve.router.bus_api import RouterApi
 from microserve.runtime.async_client import AsyncClient
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.errors import InvalidRequest, NotFound
+from microserve.runtime.errors import InvalidRequest, ModelNotFound, NotFound
 from microserve.runtime.ids import Peer
 from microserve.runtime.messages import (
     CacheMatch,
@@ -62,6 +62,9 @@ def test_the_client_sets_checks_lists_and_rolls_back() -> None:
         assert [each.version for each in (await client.rollback_strategy(model="m")).active] == [before]
         with pytest.raises(InvalidRequest, match="no strategy 'nonsense'"):
             await client.set_strategy("nonsense")
+        await world.add("x", model="there")
+        with pytest.raises(ModelNotFound, match="no engine serves model 'their'; there is: there"):
+            await client.set_strategy("data_parallel", model="their")
         with pytest.raises(NotFound):
             await client.rollback_strategy(model="m")
 

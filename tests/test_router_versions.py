@@ -9,7 +9,7 @@ import pytest
 from microserve.router.strategies.catalog import Catalog, load_catalog
 from microserve.router.strategies.data_parallel import data_parallel
 from microserve.router.versions import Versions
-from microserve.runtime.errors import InvalidRequest, NotFound
+from microserve.runtime.errors import InvalidRequest, ModelNotFound, NotFound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +66,17 @@ def test_models_have_names_and_are_not_too_many(folder: Path) -> None:
     with pytest.raises(InvalidRequest, match="256 models have strategies of their own"):
         found.set("data_parallel", {}, model="one more")
     found.set("prefill_decode", {}, model="m254")
+    found.set("prefill_decode", {})
+
+
+def test_a_model_that_no_engine_serves_is_a_slip_of_the_pen(folder: Path) -> None:
+    found = versions(folder)
+    found.set("data_parallel", {}, model="early")
+    found.models = lambda: {"b", "a"}
+    with pytest.raises(ModelNotFound, match="no engine serves model 'aa'; there is: a, b"):
+        found.set("data_parallel", {}, model="aa")
+    assert [each.model for each in found.set("data_parallel", {}, model="a")] == ["a"]
+    assert [each.model for each in found.set("prefill_decode", {}, model="early")] == ["early"], "set before they came"
     found.set("prefill_decode", {})
 
 

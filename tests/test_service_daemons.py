@@ -268,7 +268,8 @@ def test_sighup_changes_what_can_change_in_a_router_and_says_what_cannot(fleet: 
         with running(lambda: fleet.complete(150)), running(lambda: fleet.complete(150)):
             fleet.until(lambda status: (status.active_requests, status.queued_requests) == (1, 1), client)
             strategies.mkdir()
-            (strategies / "mine.py").write_text(BLOCKS_ONCE)
+            counted = f"open({str(fleet.folder / 'runs')!r}, 'a').write('x')\n"
+            (strategies / "mine.py").write_text(BLOCKS_ONCE + counted)
             file.write_text(
                 f'max_active = 5\nstrategy_folder = "{strategies}"\nstrategy = "balanced"\nmax_body_bytes = 2048\n'
                 "engine_silence = 9.0\nlog_json = true\n"
@@ -286,6 +287,8 @@ def test_sighup_changes_what_can_change_in_a_router_and_says_what_cannot(fleet: 
         }
         assert any('hint="it takes a restart, or now: microserve strategy set"' in line for line in router.lines())
         assert "blocks_once" in {each.name for each in client.strategies().strategies}
+        router.reload()
+        assert (fleet.folder / "runs").read_text() == "x", "a file that has not changed is not run again"
         file.write_text("max_active = [\n")
         router.reload()
         file.write_text('strategy_folder = "/nowhere"\n')

@@ -62,6 +62,9 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     place = ["--folder", str(tmp_path)]
     assert main(["list", *place]) == 2
     assert "authorized.toml" in capsys.readouterr().err
+    for action in (["list"], ["revoke", "me"]):
+        assert main([*action, "--folder", str(tmp_path / "none")]) == 2
+        assert f"there is no folder {tmp_path / 'none'}: `microserve keys new` makes one" in capsys.readouterr().err
     assert main(["new", "a/b", "--role", "client", *place]) == 2
     assert main(["new", "me", "--role", "client", *place]) == 0
     assert main(["revoke", "nobody", *place]) == 1

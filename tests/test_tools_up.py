@@ -64,6 +64,15 @@ def test_options_reach_the_process_that_they_are_for(tmp_path: Path) -> None:
     assert made.router.http_port == 1234
 
 
+def test_a_file_of_one_daemon_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "router.toml"
+    file.write_text("http_port = 1234\nmax_active = 3\n")
+    with pytest.raises(ConfigError, match=r"no tables \[engine\] and \[router\].*put http_port, max_active under one"):
+        plan("--config", str(file))
+    file.write_text("")
+    assert plan("--config", str(file)).router.http_port == 8000
+
+
 def test_a_wrong_setting_is_found_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="MICROSERVE_ENGINE_PAGE_SIZ; did you mean"):
         plan(environ={"MICROSERVE_ENGINE_PAGE_SIZ": "1"})

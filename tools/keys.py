@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(_shielded(argv))
     folder: Path = arguments.folder or default_folder()
     try:
+        if arguments.action in ("list", "revoke") and not os.path.exists(folder):
+            raise ConfigError(f"there is no folder {folder}: `microserve keys new` makes one, --folder names another")
         match arguments.action:
             case "new":
                 _new(folder, arguments.name, arguments.role)

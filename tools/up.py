@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.runtime.config import EngineConfig, RouterConfig, load_config
+from microserve.runtime.config import EngineConfig, RouterConfig, check_tables, load_config
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.models import resolve_model
 from microserve.runtime.service import EXIT_CONFIG
@@ -72,6 +72,8 @@ class Plan:
         self.engines: int = options.engines
         self.logs: Path | None = options.logs
         self._file: Path | None = options.config
+        if self._file is not None:
+            check_tables(self._file)
         engine_flags = {"model": options.model, "executor": options.executor, "threads": options.threads}
         router_flags = {
             "http_host": options.http_host,
