@@ -1,9 +1,9 @@
 """The transfer thread: the only one that touches the transport. Orders in, arrivals and results out.
 
-It looks at the transport all the time while a push is young: between two GPUs of a host most end before they are not.
-Else it looks again after 50 µs when something happened, and more and more seldom while nothing does: up to 100 µs apart
-while pushes or connections are under way (they go on only when somebody looks), 0.5 ms while arrivals are expected, 20
-ms otherwise (peers that connect have to be answered). An order wakes it at once.
+It looks at the transport all the time while a push is under way that should take no longer than two milliseconds, as
+most do between two GPUs of a host. Else it looks again after 50 µs when something happened, and more and more seldom
+while nothing does: up to 100 µs apart while pushes or connections are under way (they go on only when somebody looks),
+0.5 ms while arrivals are expected, 20 ms otherwise (peers that connect have to be answered). An order wakes it at once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _GROWTH: Final = 1.25
 """How the wait between looks grows while nothing happens."""
 _LONGEST_BUSY, _LONGEST_EXPECTING, _LONGEST_IDLE = 100e-6, 500e-6, 20e-3
 """Seconds between looks at most: with something of ours under way, with arrivals expected, without either."""
-_YOUNG: Final = 2e-3
-"""Age, in seconds, up to which a push is looked at without a pause: 400 to 700 MB between two H200s."""
+_SHORT: Final = 2e-3
+"""Seconds that a push may be expected to take, by its peer's link, and is looked at without a pause."""
 _LAST_PUSHES = 1.0
 """Seconds that active pushes get to end when the thread is told to stop."""
 
@@ -106,9 +106,11 @@ class _Active(Struct, eq=False):
     order: Push
     post: Post
     began: float
+    watched_until: float
 
 
 class _Dialled(Struct, eq=False):
+    peer: str
     connecting: Connecting
     done: Callable[[LinkReport], None]
 
@@ -142,6 +144,8 @@ class TransferThread:
         """Nobody looks into the inbox any more."""
         self._active: list[_Active] = []
         self._dialled: list[_Dialled] = []
+        self._rates: dict[str, float] = {}
+        """Bytes/s of the links, as measured when they were made."""
         self._wait = _SHORTEST_WAIT
         self._counts = dict.fromkeys(_COUNTED, 0)
         self._seconds = 0.0
@@ -226,6 +230,7 @@ class TransferThread:
                 happened = True
                 self._dialled.remove(dialled)
                 self._counts["failed_connections" if report.error else "connections"] += 1
+                self._rates[dialled.peer] = report.gigabytes_per_second * 1e9
                 self._post(dialled.done, report)
         if found := self._transport.arrivals():
             happened = True
@@ -236,9 +241,10 @@ class TransferThread:
         if self._over:
             self._post(done, LinkReport("", error=self._over))
         else:
-            self._dialled.append(_Dialled(self._transport.connect(peer, metadata), done))
+            self._dialled.append(_Dialled(peer, self._transport.connect(peer, metadata), done))
 
     def _disconnect(self, peer: str) -> None:
+        self._rates.pop(peer, None)
         if not self._over:
             self._transport.disconnect(peer)
 
@@ -253,7 +259,8 @@ class TransferThread:
             if isinstance(post, str):
                 self._fail(order, post)
             else:
-                self._active.append(_Active(order, post, now))
+                short = post.nbytes <= self._rates.get(order.peer, 0.0) * _SHORT
+                self._active.append(_Active(order, post, now, now + _SHORT if short else now))
 
     def _fail(self, order: Push, error: str, *, certain: bool = True) -> None:
         self._counts["push_failures"] += 1
@@ -299,7 +306,7 @@ class TransferThread:
             self._give_up()
 
     def _pause(self, happened: bool) -> None:
-        if self._active and self._clock() - self._active[-1].began < _YOUNG:
+        if self._active and self._clock() < max(each.watched_until for each in self._active):
             # Others may have the interpreter; the system's shortest sleep would be longer than many a push.
             time.sleep(0)
             return

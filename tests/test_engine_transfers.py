@@ -235,6 +235,16 @@ def test_a_connection_under_way_is_answered_when_it_stops(
     assert one.reports.get_nowait() == LinkReport("", error="the engine stops")
 
 
+class _Measured:
+    """A connection that was made, to a peer that takes `rate` bytes/s."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+
+    def poll(self) -> LinkReport | None:
+        return LinkReport("fast", self._rate / 1e9)
+
+
 class _Recorder:
     """In place of the event that wakes the thread: keeps how long it would have waited."""
 
@@ -252,7 +262,7 @@ class _Recorder:
 
 
 def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
-    pair: tuple[End, End], hub: LoopbackHub, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[End, End], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = pair
     event = _Recorder()
@@ -274,15 +284,37 @@ def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
     assert longest() == 0.5e-3
     hub.hold()
     one.push("two:2", [0], [0])
-    event.waits.clear()
-    for _ in range(60):
-        one.transfers._pause(one.transfers.turn())
-    assert event.waits == [], "the push is young"
-    clock.advance(3e-3)
     assert longest() == 0.1e-3
     hub.let_go()
     one.transfers.expect(-1)
     assert longest() == 20e-3
+
+
+@pytest.mark.parametrize(("rate", "pauses"), [(0.999, 5), (1.001, 0)])
+def test_a_push_that_should_be_short_is_watched_without_a_pause(
+    pair: tuple[End, End],
+    hub: LoopbackHub,
+    clock: ManualClock,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+    pauses: int,
+) -> None:
+    one, two = pair
+    monkeypatch.setattr(one.transport, "connect", lambda peer, metadata: _Measured(PAGE * rate / 2e-3))
+    one.connect(two)
+    event = _Recorder()
+    monkeypatch.setattr(one.transfers, "_wake", event)
+    one.transfers._pause(one.transfers.turn())
+    one.transfers._pause(one.transfers.turn())
+    hub.hold()
+    one.push("two:2", [0], [0])
+    event.waits.clear()
+    for _ in range(5):
+        one.transfers._pause(one.transfers.turn())
+    assert len(event.waits) == pauses
+    clock.advance(3e-3)
+    one.transfers._pause(one.transfers.turn())
+    assert len(event.waits) == pauses + 1, "it took longer than it should"
 
 
 # --- in threads of their own ----------------------------------------------------------------------------------------
