@@ -75,7 +75,7 @@ def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Pat
                     client.engine("e0").drain()
             with Client(cluster.router, key_file=folder / "root.key") as admin:
                 admin.engine("e0").stats()
-                admin.set_strategy("data_parallel", model="x")
+                admin.set_strategy("data_parallel", model="tokens-only")
             del os.environ["MICROSERVE_KEY_FILE"]
             with pytest.raises((PeerLost, Unauthorized)), Client(cluster.router, connect_timeout=5.0):
                 pass
