@@ -44,15 +44,15 @@ class SegmentGraphs:
     """The graphs, and the memory that they share. Replays must be in order on one stream."""
 
     def __init__(self, decoder: Decoder, source: Tensor, ids: Callable[[Tensor], Tensor], most: int) -> None:
-        """For steps of up to `most` tokens (0: none). `ids` gives token ids of `source` int32, which begins with the
-        step's and has harmless values up to the size of its graphs."""
+        """For steps of up to `most` tokens. `ids` gives token ids of `source` int32, which begins with the step's and has
+        harmless values up to the size of its graphs."""
         config = decoder.config
         like = decoder.weights.embedding
         self._decoder = decoder
         self._source = source
         self._ids = ids
-        self.sizes = segment_sizes(most) if most else ()
-        rows = self.sizes[-1] if self.sizes else 0
+        self.sizes = segment_sizes(most)
+        rows = self.sizes[-1]
         self._qkv = torch.zeros(
             rows, (config.heads + 2 * config.kv_heads) * config.head_dim, dtype=like.dtype, device=like.device
         )
