@@ -44,8 +44,8 @@ class SegmentGraphs:
     """The graphs, and the memory that they share. Replays must be in order on one stream."""
 
     def __init__(self, decoder: Decoder, source: Tensor, ids: Callable[[Tensor], Tensor], most: int) -> None:
-        """For steps of up to `most` tokens. `ids` gives token ids of `source` int32, which begins with the step's and has
-        harmless values up to the size of its graphs."""
+        """For steps of up to `most` tokens. `ids` gives token ids of `source` int32, which begins with the step's and
+        has harmless values up to the size of its graphs."""
         config = decoder.config
         like = decoder.weights.embedding
         self._decoder = decoder
