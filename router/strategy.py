@@ -300,7 +300,7 @@ class Setting:
         raise self._wrong(text)
 
     def _wrong(self, value: object) -> InvalidRequest:
-        return InvalidRequest(f"setting '{self.name}' must be a {self.type.__name__}, not {value!r}", param=self.name)
+        return InvalidRequest(f"setting '{self.name}' must be {_a(self.type)}, not {value!r}", param=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,8 +394,12 @@ def _setting(function: StrategyFunction, parameter: inspect.Parameter) -> Settin
     except InvalidRequest as error:
         raise _bad(function, f"the default of {error.message}") from None
     if default is None:
-        raise _bad(function, f"the default of setting '{parameter.name}' must be a {kind.__name__}")
+        raise _bad(function, f"the default of setting '{parameter.name}' must be {_a(kind)}")
     return Setting(parameter.name, kind, default, bounds)
+
+
+def _a(kind: type[SettingValue]) -> str:
+    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"
 
 
 def _bad(function: StrategyFunction, problem: str) -> ConfigError:

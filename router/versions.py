@@ -162,7 +162,9 @@ class Versions:
             present = self._lanes.get(model) or self._lanes[EVERY]
             base = max(present, key=lambda each: each.share)
             if base.program.version == program.version:
-                raise InvalidRequest(f"{program.version} serves most of the traffic already", param="share")
+                raise InvalidRequest(
+                    f"{program.version} serves most of the traffic already: a share is for another one", param="share"
+                )
             lanes = (Lane(base.program, 1.0 - share, base.since), lane)
         if not dry_run:
             self._change(model, lanes, f"set {program.version}" + (f" for {share:.0%}" if share < 1.0 else ""))
@@ -216,8 +218,13 @@ class Versions:
     def show(self) -> Strategies:
         """What can be chosen, what serves, what was. Sources are read again."""
         catalog = self._catalog()
+        known = {name: (each, catalog.sources.get(name, "")) for name, each in catalog.strategies.items()}
+        for lanes in self._lanes.values():
+            for lane in lanes:
+                # It serves as it was read: its file has gone since, or is broken.
+                known.setdefault(lane.program.strategy.name, (lane.program.strategy, "as it was; not found any more"))
         return Strategies(
-            strategies=[_described(each, catalog.sources.get(name, "")) for name, each in catalog.strategies.items()],
+            strategies=[_described(each, source) for each, source in known.values()],
             active=self.serving(),
             problems=[str(problem) for problem in catalog.problems],
             history=list(self._history),

@@ -209,19 +209,20 @@ class AsyncStream:
 class AsyncClient:
     """A client of one router, on one event loop. Connects with the first call, and again after the router was lost.
 
-    `endpoint` is the router's bus, not its HTTP port. `key_file` says who we are where the bus wants keys (default:
-    $MICROSERVE_KEY_FILE). `bus` is for tests; by default the client opens one over ZeroMQ.
+    `endpoint` is the router's bus, not its HTTP port (default: $MICROSERVE_ROUTER, or this machine's). `key_file` says
+    who we are where the bus wants keys (default: $MICROSERVE_KEY_FILE). `bus` is for tests; by default the client opens
+    one over ZeroMQ.
     """
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | None = None,
         *,
         connect_timeout: float = 5.0,
         key_file: str | os.PathLike[str] | None = None,
         bus: Bus | None = None,
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint = endpoint or os.environ.get("MICROSERVE_ROUTER") or DEFAULT_ENDPOINT
         self._key_file = key_file if key_file is not None else os.environ.get("MICROSERVE_KEY_FILE")
         self._connect_timeout = connect_timeout
         self._bus = bus

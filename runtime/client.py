@@ -97,7 +97,7 @@ class Client:
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | None = None,
         *,
         connect_timeout: float = 5.0,
         key_file: str | os.PathLike[str] | None = None,

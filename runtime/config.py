@@ -194,7 +194,7 @@ def _read_file(cls: type[Struct], file: Path, values: _Values) -> None:
     if _has_tables(table):
         for key in table:
             if key not in _SECTIONS:
-                raise _unknown(f"{file}: {key!r} beside tables [engine] and [router]", _SECTIONS)
+                raise _unknown(f"{key!r} beside tables [engine] and [router]", _SECTIONS, f"{file}: ")
         table = table.get(section_of(cls), {})
     _read_table(cls, table, f"{file}", (), values)
 
@@ -204,7 +204,7 @@ def _read_table(cls: type[Struct], table: dict[str, Any], file: str, at: tuple[s
     for key, value in table.items():
         path = (*at, key)
         if key not in known:
-            raise _unknown(f"{file}: {'.'.join(path)}", (".".join((*at, name)) for name in known))
+            raise _unknown(".".join(path), (".".join((*at, name)) for name in known), f"{file}: ")
         kind = _plain(known[key].type)
         if isinstance(kind, type) and issubclass(kind, Struct):
             if not isinstance(value, dict):
@@ -290,11 +290,11 @@ def _build(cls: type[C], values: dict[str, Any]) -> C:
     return cls(**built)
 
 
-def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+def _unknown(name: str, known: Iterable[str], where: str = "") -> ConfigError:
     options = list(known)
-    near = difflib.get_close_matches(name.split(": ")[-1], options, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(options)}"
-    return ConfigError(f"unknown setting {name}{hint}")
+    return ConfigError(f"{where}unknown setting {name}{hint}")
 
 
 def _leaves(cls: type[Struct], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:

@@ -161,6 +161,11 @@ def test_http_lists_sets_and_rolls_back() -> None:
     assert "data_parallel" in [each["name"] for each in found["strategies"]]
     status, found = asked(core, "PUT", "/admin/strategies", {"name": "data_parallel", "model": "demo"})
     assert (status, found["dry_run"], found["active"][0]["model"]) == (200, False, "demo")
+    status, told = asked(core, "PUT", "/admin/strategies", {"strategy": "data_parallel"})
+    assert (status, told["error"]["message"]) == (
+        400,
+        "unknown field 'strategy'; there are: name, settings, model, share, dry_run",
+    )
     status, found = asked(core, "POST", "/admin/strategies/rollback", {"model": "demo"})
     assert (status, found["active"][0]["model"], len(core.versions.show().active)) == (200, "demo", 1)
     assert len(core.versions.show().history) == 3

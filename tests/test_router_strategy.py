@@ -81,8 +81,8 @@ def test_settings_are_converted(given: dict[str, object], expected: dict[str, ob
         ({"ratio": math.nan}, "ratio", "must be a float"),
         ({"ratio": "inf"}, "ratio", "must be a float"),
         ({"ratio": True}, "ratio", "must be a float, not True"),
-        ({"pages": 1.5}, "pages", "must be a int, not 1.5"),
-        ({"pages": True}, "pages", "must be a int, not True"),
+        ({"pages": 1.5}, "pages", "must be an int, not 1.5"),
+        ({"pages": True}, "pages", "must be an int, not True"),
         ({"eager": 1}, "eager", "must be a bool, not 1"),
         ({"eager": "perhaps"}, "eager", "must be a bool, not 'perhaps'"),
         ({"label": 3}, "label", "must be a str, not 3"),
@@ -188,7 +188,7 @@ def _bad_functions() -> list[tuple[Any, str]]:
         (no_default, "setting 'ratio' needs a default"),
         (no_type, "setting 'ratio' must be annotated int, float, str or bool"),
         (odd_type, "setting 'ratio' must be annotated int, float, str or bool"),
-        (wrong_default, "the default of setting 'ratio' must be a int"),
+        (wrong_default, "the default of setting 'ratio' must be an int"),
         (swallow, "every setting is a keyword-only parameter of its own"),
     ]
 
@@ -251,12 +251,24 @@ def test_a_folder_of_files_is_loaded_and_broken_ones_are_told_with_their_line(tm
         "empty.py": (0, "it defines no strategy (an async generator function under @strategy)"),
         "wrong.py": (
             2,
-            f"{tmp_path}/wrong.py:2: f is not a strategy: it must be an async generator function (async def, with "
-            "yield)",
+            "f is not a strategy: it must be an async generator function (async def, with yield)",
         ),
     }
-    with pytest.raises(ConfigError, match=r"raises\.py:5: KeyError"):
+    with pytest.raises(ConfigError, match=r"^no strategy 'raises' \(.*raises\.py:5: KeyError.*\); there are: "):
         catalog.get("raises")
+
+
+def test_a_strategy_that_replaces_another_is_told(tmp_path: Path) -> None:
+    for file in ("first.py", "second.py"):
+        (tmp_path / file).write_text(GOOD)
+    (tmp_path / "third.py").write_text(GOOD.replace("def mine", "def balanced"))
+    catalog = load_catalog(tmp_path, entry_points=())
+    assert catalog.sources["mine"] == f"{tmp_path}/second.py"
+    assert catalog.sources["balanced"] == f"{tmp_path}/third.py"
+    assert [str(problem) for problem in catalog.problems] == [
+        f"{tmp_path}/first.py: 'mine' is replaced by the one of {tmp_path}/second.py",
+        f"built in: 'balanced' is replaced by the one of {tmp_path}/third.py",
+    ]
 
 
 @pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit", "asyncio.CancelledError", "BaseException"])

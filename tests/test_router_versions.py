@@ -69,6 +69,15 @@ def test_models_have_names_and_are_not_too_many(folder: Path) -> None:
     found.set("prefill_decode", {})
 
 
+def test_what_serves_is_shown_though_its_file_is_broken_now(folder: Path) -> None:
+    found = versions(folder)
+    found.set("mine", {"ratio": 0.3})
+    (folder / "mine.py").write_text("x = = 1")
+    shown = {each.name: each.source for each in found.show().strategies}
+    assert shown["mine"] == "as it was; not found any more"
+    assert shown["data_parallel"] == "built in"
+
+
 def test_a_model_that_no_engine_serves_is_a_slip_of_the_pen(folder: Path) -> None:
     found = versions(folder)
     found.set("data_parallel", {}, model="early")

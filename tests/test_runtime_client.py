@@ -513,3 +513,11 @@ def test_a_closed_sync_client_says_so() -> None:
         client.close()
         with pytest.raises(PeerLost, match="closed"):
             client.models()
+
+
+def test_the_router_is_the_one_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROSERVE_ROUTER", "tcp://127.0.0.1:1")
+    with pytest.raises(PeerLost, match=r"at tcp://127\.0\.0\.1:1$"), Client(connect_timeout=0.1):
+        pass
+    with pytest.raises(PeerLost, match=r"at tcp://127\.0\.0\.1:2$"), Client("tcp://127.0.0.1:2", connect_timeout=0.1):
+        pass

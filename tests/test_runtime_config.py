@@ -121,8 +121,8 @@ def test_a_wrong_endpoint_is_told() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("page_siz = 3", "unknown setting {file}: page_siz; did you mean page_size?"),
-        ("[fake]\nvocab = 3", "unknown setting {file}: fake.vocab; did you mean fake.vocab_size?"),
+        ("page_siz = 3", "{file}: unknown setting page_siz; did you mean page_size?"),
+        ("[fake]\nvocab = 3", "{file}: unknown setting fake.vocab; did you mean fake.vocab_size?"),
         ("page_size = '16'", "page_size: '16' is not a whole number, at least 1 and at most 1024 (from {file})"),
         ("page_size = true", "page_size: True is not a whole number, at least 1 and at most 1024 (from {file})"),
         ("fake = 3", "fake: 3 is not a table (from {file})"),

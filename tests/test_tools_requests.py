@@ -166,7 +166,7 @@ def test_what_is_not_there_and_wrong_usage(cluster: Cluster) -> None:
     for words, told in (
         (("abort", "x"), "there is nobody to ask: say --yes"),
         (("abort",), "abort: which REQUEST_ID?"),
-        (("x", "y"), "one REQUEST_ID at a time, not 2; or `abort REQUEST_ID...`"),
+        (("x", "y"), "`abort REQUEST_ID...` ends requests; without `abort`, one REQUEST_ID at a time"),
         (("--recent", "257"), "--recent: 257 is not between 0 and 256"),
         (("--recent", "x"), "argument --recent: invalid int value: 'x'"),
     ):

@@ -20,6 +20,7 @@ from tests.cluster import daemon_environ, free_ports
 from tests.test_tools_status import STATUS
 from tests.tokenizer_zoo import write_checkpoint
 
+from microserve.runtime.client import Client
 from microserve.runtime.errors import ConfigError
 from microserve.tools.up import Plan, _parser, usable_cores
 from microserve.tools.up_screen import Screen, command_name, usage_lines
@@ -85,15 +86,18 @@ def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError) as http:
-            plan("--http-port", str(port)).check()
         (free,) = free_ports(1)
+        with pytest.raises(ConfigError) as http:
+            plan("--http-port", str(port), "--bind", f"tcp://127.0.0.1:{free}").check()
         with pytest.raises(ConfigError) as bus:
             plan("--http-port", str(free), "--bind", f"tcp://127.0.0.1:{port}").check()
+        with pytest.raises(ConfigError) as both:
+            plan("--http-port", str(port), "--bind", f"tcp://127.0.0.1:{port}").check()
     assert http.value.message == (
         f"HTTP port {port} of 127.0.0.1 is taken by another program; choose another with --http-port"
     )
     assert bus.value.message == f"bus port {port} of 127.0.0.1 is taken by another program; choose another with --bind"
+    assert both.value.message == f"{http.value.message}; {bus.value.message}"
 
 
 # --- screen --------------------------------------------------------------------------------------------------------
@@ -144,10 +148,11 @@ class Running:
 
     def __init__(self, folder: Path, *more: str, environ: dict[str, str] | None = None) -> None:
         http_port, bus_port = free_ports(2)
+        self.bus = f"tcp://127.0.0.1:{bus_port}"
         self.http = f"http://127.0.0.1:{http_port}"
         self.lines: list[str] = []
         command = [sys.executable, "-P", "-m", "microserve.tools", "up", "--plain", "--executor", "fake"]
-        command += ["--model", str(folder), "--http-port", str(http_port), "--bind", f"tcp://127.0.0.1:{bus_port}"]
+        command += ["--model", str(folder), "--http-port", str(http_port), "--bind", self.bus]
         self.process = subprocess.Popen(
             [*command, *more],
             stdout=subprocess.PIPE,
@@ -223,6 +228,11 @@ def test_up_serves_restarts_a_killed_engine_and_stops_clean(folder: Path, tmp_pa
         after = up.children()
         assert after["engine-1"].pid != before["engine-1"].pid
         assert after["engine-0"].pid == before["engine-0"].pid
+        with Client(up.bus) as client:
+            client.engine("engine-1").drain()
+            up.until("up       | ready, but for what is drained: `microserve resume engine-1` takes it back")
+            client.engine("engine-1").resume()
+            up.until("up       | ready")
         assert chat(up).status_code == 200
         up.process.send_signal(signal.SIGINT)
         assert up.end() == 0

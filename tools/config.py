@@ -55,7 +55,9 @@ def _check(files: Sequence[Path], kind: str | None, *, as_json: bool) -> int:
             error = problem.message
         results.append({"file": str(file), "kind": found, "error": error})
         if not as_json:
-            print(f"{file}: {error}" if error else f"{file}: valid ({found})", file=sys.stderr if error else sys.stdout)
+            said = error or f"valid ({found})"
+            said = said if str(file) in said else f"{file}: {said}"
+            print(said, file=sys.stderr if error else sys.stdout)
     if as_json:
         print(msgspec.json.encode(results).decode())
     return 2 if any(result["error"] for result in results) else 0

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         if words[:1] == ["abort"]:
             return _abort(parser, options, list(dict.fromkeys(words[1:])))
         if len(words) > 1:
-            parser.error(f"one REQUEST_ID at a time, not {len(words)}; or `abort REQUEST_ID...`")
+            parser.error("`abort REQUEST_ID...` ends requests; without `abort`, one REQUEST_ID at a time")
         if words:
             found = with_router("requests", options, functools.partial(_find, request_id=words[0]))
             _show(found, as_json=options.json)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,8 +100,18 @@ class Plan:
         """Find out what would fail later: a missing model, a port that is taken. Raises `ConfigError`."""
         if self.router.bind.endswith((":*", ":0")):
             raise ConfigError(f"bind: {self.router.bind} has no fixed port, so engines could not be told of it")
-        check_http_port(self.router.http_host, self.router.http_port)
-        check_tcp_endpoint(self.router.bind)
+        problems = []
+        for check in (
+            partial(check_http_port, self.router.http_host, self.router.http_port),
+            partial(check_tcp_endpoint, self.router.bind),
+        ):
+            try:
+                check()
+            except ConfigError as error:
+                problems.append(error.message)
+        if problems:
+            # Both at once: another fleet on this machine has taken both.
+            raise ConfigError("; ".join(problems))
         if self.engine.executor != "fake" and self.engines:
             # Once, here: engines that start together would each make a missing demo model.
             resolve_model(self.engine.model)

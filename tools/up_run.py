@@ -100,7 +100,9 @@ class Up:
     def _show(self, status: StatusReply | None) -> None:
         ready = {engine.info.engine_id for engine in status.engines if engine.state == "ready"} if status else set()
         waiting = [name for name in self._plan.engine_names if name not in ready]
-        phase = self._describe(status, waiting)
+        states = {engine.info.engine_id: engine.state for engine in status.engines} if status else {}
+        drained = [name for name in waiting if states.get(name) == "draining"]
+        phase = self._describe(status, waiting, drained)
         if status is not None:
             self._joined = {engine.info.engine_id for engine in status.engines}
         self._screen.show(status, self._children, phase)
@@ -111,7 +113,7 @@ class Up:
                 self._was_ready = True
                 self._screen.announce(status)
 
-    def _describe(self, status: StatusReply | None, waiting: list[str]) -> str:
+    def _describe(self, status: StatusReply | None, waiting: list[str], drained: list[str]) -> str:
         if status is None:
             return "waiting for the router"
         if not self._plan.engines:
@@ -123,6 +125,9 @@ class Up:
         ]
         if down:
             return f"waiting for {', '.join(down)} to be restarted"
+        if drained == waiting:
+            return f"ready, but for what is drained: `microserve resume {' '.join(drained)}` takes it back"
+        waiting = [name for name in waiting if name not in drained]
         return f"waiting for {', '.join(waiting)} to load {self._plan.engine.model}"
 
     # --- what is seen ---

@@ -25,6 +25,9 @@ _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
 
+_FEW = 8
+"""Fields that are listed where one is wrong."""
+
 # --- decoding
 
 
@@ -47,7 +50,9 @@ def _explain(message: str, expected: Any) -> InvalidRequest:
         name = found["name"]
         known = _fields_at(expected, at)
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        # All of a long list would hide what is wrong.
+        hint = f"; there are: {', '.join(known)}" if len(known) <= _FEW else ""
+        hint = f"; did you mean '{close[0]}'?" if close else hint
         return InvalidRequest(f"unknown field '{_join(at, name)}'{hint}", param=_join(at, name))
     if (found := _MISSING.fullmatch(what)) is not None:
         name = _join(at, found["name"])

@@ -6,6 +6,7 @@ A file that cannot be used is a `Problem` with its line; the others load all the
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import threading
 import traceback
@@ -67,8 +68,9 @@ class Catalog:
             return found
         near = difflib.get_close_matches(name, self.strategies, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        broken = "".join(f"; {problem}" for problem in self.problems)
-        raise ConfigError(f"no strategy '{name}'; {hint}there are: {', '.join(sorted(self.strategies))}{broken}")
+        # First: where a file is broken, that is most likely why.
+        broken = f" ({'; '.join(map(str, self.problems))})" if self.problems else ""
+        raise ConfigError(f"no strategy '{name}'{broken}; {hint}there are: {', '.join(sorted(self.strategies))}")
 
 
 def load_catalog(
@@ -77,26 +79,32 @@ def load_catalog(
     built_in: Iterable[Strategy] = BUILT_IN,
     entry_points: Iterable[metadata.EntryPoint] | None = None,
 ) -> Catalog:
-    """Everything that can be found now. Later sources replace earlier ones of the same name: folder over entry point
-    over built in. Raises `ConfigError` only when `folder` itself cannot be read."""
+    """Everything that can be found now. Later sources replace earlier ones of the same name, which is told as a
+    problem of the earlier: folder over entry point over built in, file over file by name. Raises `ConfigError` only
+    when `folder` itself cannot be read."""
     strategies = {each.name: each for each in built_in}
     sources = dict.fromkeys(strategies, "built in")
     problems: list[Problem] = []
+
+    def add(found: Strategy, source: str) -> None:
+        if found.name in strategies:
+            problems.append(Problem(sources[found.name], 0, f"'{found.name}' is replaced by the one of {source}"))
+        strategies[found.name], sources[found.name] = found, source
+
     for point in metadata.entry_points(group=ENTRY_POINTS) if entry_points is None else entry_points:
         found = _from_entry_point(point)
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            strategies[found.name] = found
-            sources[found.name] = f"entry point {point.value}"
+            add(found, f"entry point {point.value}")
     if folder is not None:
         files = folder if isinstance(folder, StrategyFolder) else StrategyFolder(folder)
         for path, loaded in files.load():
             if isinstance(loaded, Problem):
                 problems.append(loaded)
             else:
-                strategies.update((each.name, each) for each in loaded)
-                sources.update((each.name, str(path)) for each in loaded)
+                for each in loaded:
+                    add(each, str(path))
     return Catalog(strategies, tuple(problems), sources)
 
 
@@ -157,7 +165,10 @@ def load_file(path: Path, *, limit: float = LOAD_LIMIT) -> list[Strategy] | Prob
     if raised:
         failure = raised[0]
         said = f"it calls exit({failure.code!r})" if isinstance(failure, SystemExit) else _describe(failure)
-        return Problem(str(path), _line(failure, str(path)), said)
+        line = _line(failure, str(path))
+        # What is wrong with a strategy names its own line already.
+        own_line = re.match(rf"{re.escape(str(path))}:(\d+): ", said)
+        return Problem(str(path), int(own_line[1]) if own_line else line, said[own_line.end() :] if own_line else said)
     own = [value for value in vars(module).values() if isinstance(value, Strategy) and _defined_in(value, str(path))]
     if not own:
         return Problem(str(path), 0, "it defines no strategy (an async generator function under @strategy)")
