@@ -11,7 +11,9 @@ before the last has been collected.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
-from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays
+from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays, table_room
 from microserve.engine.cuda_sampler import draw, greedy, on_device
 from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.plan import Sampled, StepPlan, StepResult
@@ -30,7 +32,7 @@ from microserve.runtime.log import get_logger
 from microserve.runtime.messages import Layout, ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -91,7 +93,8 @@ class CudaExecutor:
         self._pool = pool
         self._model = model
         self._device = device
-        self._attention = PagedAttention(decoder, pool, most_decodes=max_running)
+        # Sends take no place among those that run, and the last token of one attends as a decode.
+        self._attention = PagedAttention(decoder, pool, most_decodes=2 * max_running)
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
         self._drawing: dict[int, SequenceStart] = {}
@@ -105,12 +108,13 @@ class CudaExecutor:
         self._sampler = Sampler(decoder.config.vocab_size)
         self._flights: deque[_Flight] = deque()
         self._parity = 0
+        tables = table_room(max_running, model.max_context, pool.shape.page_size)
         # One copy brings everything of a step: tokens take five places each, pages one.
-        self._capacity = 8 * (step_tokens + max_running) + 2 * pool.total_pages + 64 * max_running + 4096
+        self._capacity = 8 * (step_tokens + 2 * max_running) + 2 * tables + 64 * max_running + 16384
         self._staging = [torch.empty(self._capacity, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._device_staging = torch.zeros(self._capacity, dtype=torch.int32, device=device)
         self._results = [torch.empty(max_running + step_tokens, dtype=torch.int32, pin_memory=True) for _ in range(2)]
-        self._make_graph_buffers(max_running)
+        self._make_graph_buffers(max_running, tables)
         self._segments = SegmentGraphs(decoder, self._device_staging, self._ids, step_tokens)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
         shape = pool.shape
@@ -154,7 +158,6 @@ class CudaExecutor:
                 self._forget(sequence)
             for start in plan.started:
                 self._start(start)
-            self._parity ^= 1
             arrays = step_arrays(plan.slices, self._slots, self._pool.shape.page_size)
             # A token of a prompt may stand alone, and is not always sampled: a graph is for rows that all are.
             if not plan.slices:
@@ -164,6 +167,8 @@ class CudaExecutor:
             else:
                 logits, tokens = self._mixed(arrays)
             self._flights.append(self._sample(plan.step, arrays, logits, tokens))
+            # Not before: after a launch that failed, the other half is still the older step's.
+            self._parity ^= 1
 
     def collect(self) -> StepResult:
         """Waits for the oldest launched step. Raises `InternalError` when there is none."""
@@ -186,6 +191,7 @@ class CudaExecutor:
         self._flights.clear()
         torch.cuda.synchronize(self._device)
         self._graphs.clear()
+        self._segments.clear()
 
     def _start(self, start: SequenceStart) -> None:
         sequence = start.sequence
@@ -207,12 +213,12 @@ class CudaExecutor:
 
     # --- decodes alone -----------------------------------------------------------------------------------------------
 
-    def _make_graph_buffers(self, most: int) -> None:
+    def _make_graph_buffers(self, most: int, tables: int) -> None:
         """Where graphs read from: fixed places of one buffer, filled by one copy. The pages come behind."""
         names = ("source", "positions", "slots", "indptr")
         self._places = {name: index * (most + 8) for index, name in enumerate(names)}
         self._pages_place = len(names) * (most + 8)
-        length = self._pages_place + 2 * self._pool.total_pages + most * 8
+        length = self._pages_place + tables + most * 8
         self._graph_inputs = torch.zeros(length, dtype=torch.int32, device=self._device)
         self._graph_staging = [torch.zeros(length, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._graph_arrays = [each.numpy() for each in self._graph_staging]
@@ -283,7 +289,7 @@ class CudaExecutor:
         memory = None
         sizes = sorted(self._sizes, reverse=True)
         total = len(sizes) + len(self._segments.sizes)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _uncollected():
             for done, size in enumerate(sizes):
                 self._fill(_pads(size, self._pad_page, self._slot_count - 1), size)
                 # Once without a graph: whatever must be compiled or loaded cannot be while capturing.
@@ -401,6 +407,18 @@ class CudaExecutor:
         tokens = torch.tensor([each.token for each in sampled]).to(self._device)
         if flight.host_slots is not None:
             self._last.index_copy_(0, flight.host_slots.to(self._device), tokens)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: what it frees while a capture is under way would become a part of that."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _pads(size: int, page: int, slot: int) -> StepArrays:

@@ -107,6 +107,15 @@ def step_arrays(slices: Sequence[Slice], slots: Mapping[int, int], page_size: in
     )
 
 
+_MOST_TABLE = 1 << 26
+
+
+def table_room(max_running: int, max_context: int, page_size: int) -> int:
+    """Entries that the page tables of so many sequences take at most: a page that they share stands in each of them,
+    so the pool does not bound them. Never more than 64 Mi (256 MB), which no batch of today comes near."""
+    return min(max_running * -(-max_context // page_size), _MOST_TABLE)
+
+
 def ladder(most: int) -> list[int]:
     """Batch sizes for which a decode step is captured: fine where padding would cost, coarse where it does not."""
     sizes = [1, 2, 4, 8]

@@ -66,7 +66,8 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     model = read_config(folder)
     if config.dtype == "float32":
         raise ConfigError("dtype float32: the cuda executor computes in bfloat16 or float16")
-    dtype = _DTYPES[config.dtype if config.dtype != "auto" else "bfloat16"]
+    own = model.dtype if model.dtype in _DTYPES else "bfloat16"
+    dtype = _DTYPES[own if config.dtype == "auto" else config.dtype]
     max_context = min(config.max_context or model.max_context, model.max_context)
     torch.cuda.set_device(device)
     with progress.stage("loading weights") as report:
@@ -85,6 +86,8 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     with first_step(progress):
         peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
+    # What graphs leave their logits in is made later.
+    peak += config.max_running * model.vocab_size * dtype.itemsize
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)
     info = describe(
@@ -104,6 +107,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         pages=pages - 1,
         kv_gib=round(pool.nbytes / 2**30, 1),
         worst_step_gib=round(peak / 2**30, 2),
+        free_gib=round(torch.cuda.mem_get_info(device)[0] / 2**30, 1),
         load_s=round(loaded - began, 2),
         profile_s=round(profiled - loaded, 2),
         capture_s=round(time.monotonic() - profiled, 2),
@@ -137,10 +141,16 @@ def compiled_kernels() -> int:
 
 def _pool_pages(config: EngineConfig, shape: PageShape, device: torch.device, peak: int, max_context: int) -> int:
     """Pages of the pool, the one for padding included."""
-    if config.kv_pages is not None:
-        return config.kv_pages + 1
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    if config.kv_pages is not None:
+        needed = shape.page_bytes * (config.kv_pages + 1) + peak
+        if needed > free:
+            raise ConfigError(
+                f"kv_pages {config.kv_pages}: with what the worst step needs, {needed / 2**30:.1f} GiB; {device} has "
+                f"{free / 2**30:.1f} GiB free"
+            )
+        return config.kv_pages + 1
     room = int(total * config.gpu_memory) - (total - free) - peak - _SPARE
     if config.kv_memory != DEFAULT_KV_MEMORY:
         room = min(room, parse_size(config.kv_memory))

@@ -23,25 +23,29 @@ _WORST = SamplingParams(temperature=1.0, top_k=100, top_p=0.9, min_p=0.01)
 def worst_step_bytes(
     decoder: Decoder, shape: PageShape, device: torch.device, step_tokens: int, max_running: int
 ) -> int:
-    """Bytes that a step of one prompt of `step_tokens` tokens needs above the weights, with tokens drawn for
-    `max_running` rows by all settings there are."""
-    tokens = min(step_tokens, decoder.cos.shape[0])
-    pages = -(-tokens // shape.page_size)
+    """Bytes that a step of `step_tokens` tokens of prompts needs above the weights, with tokens drawn for `max_running`
+    rows by all settings there are."""
+    longest, size = decoder.cos.shape[0], shape.page_size
+    lengths = [min(longest, step_tokens - begin) for begin in range(0, step_tokens, longest)]
+    used = [-(-length // size) for length in lengths]
+    pages, tokens = sum(used), step_tokens
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():
         pool = PagePool(pages + 1, shape, device=device)
-        attention = PagedAttention(decoder, pool, most_decodes=max_running)
+        attention = PagedAttention(decoder, pool, most_decodes=2 * max_running)
         table = torch.arange(pages, dtype=torch.int32, device=device)
-        lengths, ends = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([0, pages], dtype=torch.int32)
-        last = torch.tensor([(tokens - 1) % shape.page_size + 1], dtype=torch.int32)
-        positions = np.arange(tokens, dtype=np.int32)
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        ends = torch.tensor([0, *used]).cumsum(0).int()
+        last = torch.tensor([(length - 1) % size + 1 for length in lengths], dtype=torch.int32)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        firsts = np.repeat(ends[:-1].numpy(), lengths)
         places = torch.from_numpy(positions).to(device)
-        targets = torch.from_numpy(positions // shape.page_size).to(device)
+        targets = torch.from_numpy(firsts + positions // size).to(device)
         for plan in (
-            partial(attention.plan_fresh, 0, lengths),
-            partial(attention.plan_paged, 0, lengths, ends, table, last),
+            partial(attention.plan_fresh, 0, starts),
+            partial(attention.plan_paged, 0, starts, ends, table, last),
         ):
             step = StepAttention(attention, places, 0, table, table, targets, plan)
             hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)

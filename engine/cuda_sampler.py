@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from microserve.engine.sampler import uniforms
+from microserve.engine.sampler import COLDEST, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def _draw(logits: Tensor, settings: Sequence[SamplingParams], seeds: Sequence[in
     numbers = uniforms(list(seeds), list(indices))
     columns = np.stack(
         [
-            np.array([each.temperature for each in settings], dtype=np.float64),
+            np.array([max(each.temperature, COLDEST) for each in settings], dtype=np.float64),
             np.array([each.top_k if 0 < each.top_k < vocab else vocab for each in settings], dtype=np.float64),
             np.array([each.top_p for each in settings], dtype=np.float64),
             np.array([each.min_p for each in settings], dtype=np.float64),
@@ -79,7 +79,8 @@ def _draw(logits: Tensor, settings: Sequence[SamplingParams], seeds: Sequence[in
     temperature, top_k, top_p, min_p, number = (
         torch.from_numpy(columns).pin_memory().to(device, non_blocking=True).unsqueeze(2).unbind(0)
     )
-    probabilities = torch.softmax(logits.float() / temperature.float(), dim=-1)
+    wide = logits.float()
+    probabilities = torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperature.float(), dim=-1)
     if any(0 < each.top_k < vocab or each.top_p < 1.0 for each in settings):
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(vocab, device=device)
@@ -93,4 +94,5 @@ def _draw(logits: Tensor, settings: Sequence[SamplingParams], seeds: Sequence[in
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = torch.minimum(number * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # Within the vocabulary also where the logits are no numbers: the next step looks it up before anybody is told.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=vocab - 1)

@@ -8,7 +8,6 @@ them compute with what an earlier step left there, and nobody reads them.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from microserve.engine.cuda_attention import StepAttention
     from microserve.engine.model.decoder import Decoder
 
-_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768)
+"""Beyond, the GPU takes longer than a CPU that is not the fastest."""
 
 
 def segment_sizes(step_tokens: int) -> tuple[int, ...]:
@@ -74,17 +74,14 @@ class SegmentGraphs:
 
     def capture(self, memory: Any, progress: Callable[[int], None]) -> None:
         """Captures all sizes on the current stream, into the memory of other graphs (`CUDAGraph.pool()`) that never run
-        at the same time. `progress` is told after each size how many there are."""
-        # What the collector frees while a capture is under way would become a part of it.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            for done, size in enumerate(reversed(self.sizes)):
-                self._captured[size] = self._capture(size, memory)
-                progress(done + 1)
-        finally:
-            if collects:
-                gc.enable()
+        at the same time. `progress` is told after each size how many there are. The garbage collector must be off."""
+        for done, size in enumerate(reversed(self.sizes)):
+            self._captured[size] = self._capture(size, memory)
+            progress(done + 1)
+
+    def clear(self) -> None:
+        """Lets go of the graphs."""
+        self._captured.clear()
 
     def _capture(self, size: int, memory: Any) -> _Segments:
         decoder, qkv, attended = self._decoder, self._qkv[:size], self._attended[:size]

@@ -29,6 +29,8 @@ _ROUND_A, _ROUND_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_A, _WEYL_B = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 
+COLDEST = 1e-5
+"""A temperature below it is taken for it: logits divided by less could be no numbers any more."""
 _CANDIDATES = 256
 """Top-k and top-p look at so many of the best tokens before they sort all."""
 
@@ -182,8 +184,8 @@ class Sampler:
 def _draw(logits: Tensor, settings: Sequence[SamplingParams], numbers: npt.NDArray[np.float64]) -> list[int]:
     """A token for each row [rows, vocab] by its settings and its number in [0, 1)."""
     vocab = logits.shape[1]
-    temperature = torch.tensor([s.temperature for s in settings], dtype=logits.dtype).unsqueeze(1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    temperature = torch.tensor([max(s.temperature, COLDEST) for s in settings], dtype=logits.dtype).unsqueeze(1)
+    probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     cut = [row for row, s in enumerate(settings) if 0 < s.top_k < vocab or s.top_p < 1.0]
     if cut:
         best = probabilities[cut].topk(min(_CANDIDATES, vocab)).values
@@ -197,7 +199,8 @@ def _draw(logits: Tensor, settings: Sequence[SamplingParams], numbers: npt.NDArr
     total = cumulative[:, -1:]
     # Below the total, so that rounding cannot lead past the last token that has a probability.
     targets = torch.minimum(torch.from_numpy(numbers).unsqueeze(1) * total, torch.nextafter(total, torch.zeros(())))
-    chosen: list[int] = torch.searchsorted(cumulative, targets, right=True).squeeze(1).tolist()
+    # Within the vocabulary whatever the row: a step of others must not fail of one.
+    chosen: list[int] = torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp_(max=vocab - 1).tolist()
     return chosen
 
 

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--limits", action="store_true", help="measure the GPU's limits first (perf.roofline)")
     parser.add_argument("--flags", default="", help="further flags of the engine, separated by spaces")
     args = bench.arguments(parser, repeat=3, warmup=1)
-    table = _Table(bench, work_of(SHAPES[args.shape]), measured() if args.limits else None)
+    table = _Table(bench, work_of(SHAPES[args.shape]), measured() if args.limits else ())
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(Path(folder) / args.shape, args.shape)
         asyncio.run(_run(table, args, model))
@@ -85,7 +85,7 @@ def main() -> None:
 class _Table:
     """Rows with what they are held against: the aim, the peer's figure, and the GPU's limit where it was measured."""
 
-    def __init__(self, bench: Benchmark, work: Work, rates: Rates | None) -> None:
+    def __init__(self, bench: Benchmark, work: Work, rates: tuple[Rates, ...]) -> None:
         self._bench = bench
         self._work = work
         self._rates = rates
@@ -95,22 +95,22 @@ class _Table:
 
     def decode(self, batch: int, sample: Sample) -> None:
         context = _PROMPT + (_SHORT + _LONG) / 2
-        limit = 1e3 * self._work.decode_step(batch, context, self._rates) if self._rates else None
-        self._row(f"decode {batch}", f"decode {batch}", sample, "ms", limit)
+        limits = [1e3 * self._work.decode_step(batch, context, rates) for rates in self._rates]
+        self._row(f"decode {batch}", f"decode {batch}", sample, "ms", limits)
 
     def prefill(self, tokens: int, sample: Sample) -> None:
-        limit = 1e3 * self._work.prefill(tokens, self._rates) if self._rates else None
-        self._row(f"prefill {tokens}", f"prefill {tokens}", sample, "ms", limit)
+        limits = [1e3 * self._work.prefill(tokens, rates) for rates in self._rates]
+        self._row(f"prefill {tokens}", f"prefill {tokens}", sample, "ms", limits)
 
     def throughput(self, requests: int, prompt: int, output: int, sample: Sample) -> None:
-        limit = self._work.throughput(requests, prompt, output, self._rates) if self._rates else None
+        limits = [self._work.throughput(requests, prompt, output, rates) for rates in self._rates]
         key = "throughput" if (requests, prompt, output) == (500, 1024, 256) else ""
-        self._row(f"{requests} x {prompt}/{output}", key, sample, "tok/s", limit)
+        self._row(f"{requests} x {prompt}/{output}", key, sample, "tok/s", limits)
 
-    def _row(self, name: str, key: str, sample: Sample, unit: str, limit: float | None = None) -> None:
+    def _row(self, name: str, key: str, sample: Sample, unit: str, limits: Sequence[float] = ()) -> None:
         notes = [f"vLLM {number(PEER[key])}"] if key in PEER else []
-        if limit is not None:
-            notes.append(f"limit {number(limit)}")
+        if limits:
+            notes.append(f"limit {', under load '.join(map(number, limits))}")
         self._bench.row(name, sample, unit=unit, limit=AIM.get(key, ""), note="; ".join(notes))
 
 

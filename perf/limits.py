@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COPY, PRODUCT, ATTENTION = "copy", "bf16 product 8192", "attention, 8192 tokens"
 """Rows of `perf.roofline`, in TB/s and TFLOP/s."""
+LASTING = f"{PRODUCT}, under load"
+"""The same product, after it has run for a while: what the board's power leaves."""
 _BYTES = 2
 """Of a weight, and of an element of KV: bf16 or fp16."""
 
@@ -80,8 +82,8 @@ def work_of(config: Mapping[str, Any]) -> Work:
     )
 
 
-def measured() -> Rates:
-    """What this machine's GPU can do, measured now.
+def measured() -> tuple[Rates, Rates]:
+    """What this machine's GPU can do, measured now: for a moment, and with the products that it does under load.
 
     In a process of its own, which gives the memory back: what is held against it wants all of it. Raises `SystemExit`
     where that process fails; it has said why.
@@ -92,4 +94,5 @@ def measured() -> Rates:
         if ended.returncode:
             raise SystemExit("the limits of the GPU could not be measured")
         found = {row["name"]: 1e12 * row["median"] for row in json.loads(file.read_text())["rows"]}
-    return Rates(copy=found[COPY], product=found[PRODUCT], attention=found[ATTENTION])
+    best = Rates(copy=found[COPY], product=found[PRODUCT], attention=found[ATTENTION])
+    return best, replace(best, product=found[LASTING])

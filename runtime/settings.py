@@ -61,7 +61,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     device: Annotated[str, Meta(description="where it computes: auto, cpu, cuda:0 …")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="number format of weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU"),
+        Meta(
+            description="number format of weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU "
+            "(bfloat16 for float32)"
+        ),
     ] = "auto"
     bind: Annotated[Endpoint, Meta(description="where routers reach this engine's verbs; port * takes a free one")] = (
         "tcp://127.0.0.1:*"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from microserve.engine.cuda_inputs import ladder, step_arrays
+from microserve.engine.cuda_inputs import ladder, step_arrays, table_room
 from microserve.engine.plan import Slice
 
 PAGE = 4
@@ -61,6 +61,14 @@ def test_a_lone_token_of_a_prompt_attends_as_a_decode_and_need_not_be_sampled() 
     assert arrays.decodes == 1
     assert arrays.samples == []
     assert arrays.decode_pages.tolist() == [4]
+
+
+def test_tables_of_sequences_that_share_their_pages_have_room() -> None:
+    assert table_room(512, 4100, 16) == 512 * 257, "a page that all of them share stands in every table"
+    assert table_room(4096, 1 << 20, 1) == 1 << 26
+    shared = [decode(sequence, 11, [1, 2, 3]) for sequence in SLOTS]
+    arrays = step_arrays(shared, SLOTS, PAGE)
+    assert len(arrays.decode_pages) == table_room(len(SLOTS), 12, PAGE)
 
 
 def test_the_ladder_ends_with_the_largest_batch() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from microserve.engine import cuda_open
 from microserve.engine.cuda_segments import segment_sizes
+from microserve.kv.pool import PageShape
 from microserve.runtime.config import EngineConfig
 from microserve.runtime.errors import ConfigError
 
@@ -39,7 +40,21 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         cuda_open.cuda_device("cuda:2")
 
 
+def test_a_pool_that_does_not_fit_is_refused_and_one_that_fits_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 16 << 30))
+    shape = PageShape(8, 32, 16, 128, torch.bfloat16)
+    assert shape.page_bytes == 2 << 20
+    device = torch.device("cuda:0")
+    fits = 4 * 512 - 1  # and the one for padding: 4 GiB beside 6 of the worst step
+    config = EngineConfig(model="m", kv_pages=fits)
+    assert cuda_open._pool_pages(config, shape, device, 6 << 30, 1000) == fits + 1
+    config = EngineConfig(model="m", kv_pages=fits + 1)
+    with pytest.raises(ConfigError, match=r"kv_pages 2048: .*10\.0 GiB; cuda:0 has 10\.0 GiB free"):
+        cuda_open._pool_pages(config, shape, device, 6 << 30, 1000)
+
+
 def test_graphs_of_steps_with_prompts_are_captured_for_no_more_tokens_than_a_step_has() -> None:
-    assert segment_sizes(8192)[-1] == 1024
+    assert segment_sizes(8192)[-1] == 768
     assert segment_sizes(200) == (16, 32, 64, 96, 128, 192)
     assert segment_sizes(1) == (16,)

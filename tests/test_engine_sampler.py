@@ -185,3 +185,10 @@ def test_a_forgotten_sequence_leaves_nothing() -> None:
     sampler.forget(1)
     sampler.forget(1)
     assert len(sampler) == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-40, 5e-324])
+def test_the_coldest_draw_the_likeliest(temperature: float) -> None:
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 30
+    logits[0, 7] = 400.0
+    assert np.flatnonzero(draws(50, logits, temperature=temperature)).tolist() == [7]
