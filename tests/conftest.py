@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 import weakref
 from pathlib import Path
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 _JOIN_LIMIT = 5.0
 """Seconds that a thread which was told to end may take."""
 _ALLOWED_THREADS = ("pydevd", "ThreadPoolExecutor", "tokenizers", "QueueFeederThread", "pytest_timeout")
+
+
+def pytest_configure() -> None:
+    """A suite in the background of a shell may ignore Ctrl-C, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
