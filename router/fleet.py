@@ -40,6 +40,8 @@ _TOLD_BY_ENGINES = ("state", "peer", "lease_expired", "quarantined", "push_faile
 
 _NOTHING: Mapping[EngineLink, int] = types.MappingProxyType({})
 _FIRST_DELAY, _LAST_DELAY = 0.05, 2.0
+_LAST_WORDS = 3.0
+"""Seconds that the session with an engine that said goodbye is kept for answers that are still on their way."""
 
 _log = get_logger(__name__)
 
@@ -127,21 +129,35 @@ class EngineFleet:
             self.changed()
 
     def leave(self, engine_id: str) -> None:
-        """An engine is gone for good."""
-        self._drop(engine_id, "it left")
+        """An engine is gone for good: nothing new goes there.
+
+        It says goodbye to a router over the session that it dialled, and answers over the one that we dialled; nothing
+        orders the two. So where calls are open, the session is kept until the engine ends it, or for a moment.
+        """
+        link = self._links.get(engine_id)
+        if link is not None and link.task is not None and link.client is not None and link.client.open_calls:
+            timer = asyncio.get_running_loop().call_later(_LAST_WORDS, link.client.close, "it left")
+            link.task.add_done_callback(lambda _: timer.cancel())
+            self._let_go(link, link.task)
+        else:
+            self._drop(engine_id, "it left")
         self.changed()
 
     def _drop(self, engine_id: str, reason: str) -> None:
-        link = self._links.pop(engine_id, None)
+        """Ends the session at once, and the calls that are open on it."""
+        link = self._links.get(engine_id)
         if link is None or link.task is None:
             return
+        self._let_go(link, link.task)
+        link.task.cancel()
+        if link.client is not None:
+            link.client.close(reason)
+
+    def _let_go(self, link: EngineLink, task: asyncio.Task[None]) -> None:
+        del self._links[link.id]
         self.prefixes.forget(link)
-        task, client = link.task, link.client
-        task.cancel()
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
-        if client is not None:
-            client.close(reason)
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
@@ -187,6 +203,8 @@ class EngineFleet:
                 client.close("the router lets go of this engine")
                 if subscription is not None:
                     subscription.close()
+            if self._links.get(link.id) is not link:
+                return
             self.event("lost", engine=link.id, epoch=link.info.epoch, detail=reason.message)
             _log.warning("engine session lost", engine=link.id, engine_epoch=link.info.epoch, error=reason.message)
             self.changed()
@@ -303,6 +321,8 @@ class EngineFleet:
         """Lets go of every engine; returns when no task is left."""
         for engine_id in list(self._links):
             self._drop(engine_id, "the router stops")
+        for task in self._leaving:
+            task.cancel()
         if self._leaving:
             await asyncio.gather(*self._leaving, return_exceptions=True)
 

@@ -9,9 +9,10 @@ import pytest
 from tests.router_support import CONTEXT, ScriptedEngine, World, engine_info
 from tests.virtual_time import run_virtual
 
+from microserve.router.dispatch import State
 from microserve.router.fleet import EngineFleet
 from microserve.router.link import REQUEST_TOKENS, Charge, EngineLink
-from microserve.runtime.errors import InternalError, NoEngine
+from microserve.runtime.errors import InternalError, NoEngine, PeerLost
 from microserve.runtime.ids import Peer
 from microserve.runtime.memory_bus import MemoryNetwork
 from microserve.runtime.messages import Load
@@ -134,6 +135,62 @@ def test_an_engine_that_leaves_is_gone() -> None:
             assert states(world) == {}
             with pytest.raises(NoEngine):
                 world.generate()
+
+    run_virtual(main())
+
+
+def test_a_goodbye_that_overtakes_the_last_answers_ends_nothing() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(5)
+            # Over another session than the answers, so it may come first.
+            world.core.leave("a", 1)
+            assert states(world) == {}
+            with pytest.raises(NoEngine):
+                world.generate()
+            await engine.tokens(6)
+            await engine.finish()
+            assert [token async for chunk in generation for token in chunk.tokens] == [5, 6]
+            await engine.bus.close()
+            await world.settle()
+            assert [engine.open, asyncio.all_tasks() - {asyncio.current_task()}] == [[], set()]
+
+    run_virtual(main())
+
+
+def test_an_engine_that_left_is_not_waited_for_long() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(5)
+            assert (await anext(generation)).tokens == [5]
+            world.core.leave("a", 1)
+            await asyncio.sleep(2.9)
+            assert generation.state is State.RUNNING
+            await asyncio.sleep(0.2)
+            with pytest.raises(PeerLost, match="it left"):
+                await anext(generation)
+            await world.settle()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run_virtual(main())
+
+
+def test_a_router_that_stops_lets_go_of_engines_that_left() -> None:
+    async def main() -> None:
+        world = World()
+        async with world:
+            await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            world.core.leave("a", 1)
+            generation.cancel()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run_virtual(main())
 
