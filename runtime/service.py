@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import sys
 import threading
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -38,6 +39,8 @@ _TELL_START = 10.0
 """Seconds between lines in the log about a start-up that takes long."""
 _SIGN_AGAIN = 1.0
 """Seconds until a sign of life that could not be sent is sent again."""
+_LAST_TASKS = 2.0
+"""Seconds that tasks get to end when they are cancelled at the end of a service."""
 _STOP_SLACK = 15.0
 """Seconds that a service gets, above what its drain may take, to say goodbye and to end its threads."""
 
@@ -219,14 +222,29 @@ def run_service(
 
     0: it returned (after a drain, usually). 2: wrong configuration or checkpoint. 1: anything else.
     An expected error (`MicroserveError`, a port in use) is told in one line; a bug, with its traceback.
-    A second signal ends the process with 128 plus the signal's number.
+    A second signal ends the process with 128 plus the signal's number. A task that refuses to end, as a user's strategy
+    may, is told and left behind: then this does not return, and ends the process itself.
     """
     if not faulthandler.is_enabled():
         # A watchdog ends a service that hangs with SIGABRT: where each thread was belongs in the log.
         faulthandler.enable()
+    runner = asyncio.Runner(loop_factory=_new_loop)
+    refusing: list[str] = []
+    code = _exit_code(lambda: runner.run(_supervised(main, environ, refusing)), name)
+    if refusing:
+        get_logger(__name__).error("tasks that refuse to end are left behind", tasks=", ".join(refusing))
+        # Closing the loop would wait for them, for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    runner.close()
+    return code
+
+
+def _exit_code(run: Callable[[], object], name: str) -> int:
+    """Runs it, and tells why it failed if it did."""
     try:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(_supervised(main, environ))
+        run()
     except AddressError as error:
         # Unlike what follows, this may pass: whoever restarts us should.
         last_words(name, error.message)
@@ -249,7 +267,10 @@ def run_service(
     return EXIT_OK
 
 
-async def _supervised(main: Callable[[Lifecycle], Awaitable[None]], environ: Mapping[str, str]) -> None:
+async def _supervised(
+    main: Callable[[Lifecycle], Awaitable[None]], environ: Mapping[str, str], refusing: list[str]
+) -> None:
+    """Runs `main`, and ends every task that it leaves; adds the names of those that do not end to `refusing`."""
     with contextlib.closing(Notifier(environ)) as notifier:
         lifecycle = Lifecycle(notifier)
         lifecycle.start_watchdog()
@@ -258,6 +279,12 @@ async def _supervised(main: Callable[[Lifecycle], Awaitable[None]], environ: Map
                 await main(lifecycle)
         finally:
             await lifecycle.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            if left:
+                _, stubborn = await asyncio.wait(left, timeout=_LAST_TASKS)
+                refusing += sorted(task.get_name() for task in stubborn)
 
 
 @contextmanager

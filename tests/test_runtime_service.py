@@ -82,6 +82,27 @@ def test_a_second_signal_works_while_the_loop_is_blocked() -> None:
         assert ended(process)[0] == 143
 
 
+@pytest.mark.parametrize(("last", "code"), [("return", 0), ("raise PeerLost('gone')", 1)])
+def test_a_task_that_refuses_to_end_keeps_no_process(last: str, code: int) -> None:
+    body = (
+        "from microserve.runtime.log import setup_logging; setup_logging('error', False, 'service')",
+        "async def stay():",
+        "    while True:",
+        "        try: await asyncio.Event().wait()",
+        "        except asyncio.CancelledError: pass",
+        "task = asyncio.create_task(stay(), name='a stubborn one')",
+        "other = asyncio.create_task(asyncio.Event().wait(), name='one that ends')",
+        "await asyncio.sleep(0)",
+        last,
+    )
+    with service(*body) as process:
+        ended_with, out, err = ended(process)
+    assert (ended_with, out) == (code, "started")
+    assert "tasks that refuse to end are left behind" in err
+    assert 'tasks="a stubborn one"' in err
+    assert "one that ends" not in err
+
+
 def test_returning_is_success() -> None:
     with service("return") as process:
         assert ended(process) == (0, "started", "")

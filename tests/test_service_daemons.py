@@ -18,7 +18,7 @@ from tests.cluster import FAKE, free_ports, state_of
 from tests.service_rig import LIMIT, Unit
 
 from microserve.runtime.client import Client
-from microserve.runtime.errors import MicroserveError, PeerLost
+from microserve.runtime.errors import DeadlineExceeded, MicroserveError, PeerLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +37,20 @@ async def blocks_once(request, fleet, *, marker: str = ""):
         time.sleep(3600)
     async for chunk in fleet.pick().start_generate():
         yield chunk
+"""
+
+REFUSES_TO_END = """
+import asyncio
+from microserve.router.strategy import Chunk, strategy
+
+@strategy
+async def refuses_to_end(request, fleet):
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+    yield Chunk()
 """
 
 
@@ -300,6 +314,19 @@ def test_sighup_changes_what_can_change_in_a_router_and_says_what_cannot(fleet: 
         assert errors[0]["process"] == "router:r"
         assert re.fullmatch(r"[0-9a-f]+", errors[0]["epoch"])
         assert fleet.complete() == 3
+
+
+def test_a_strategy_that_refuses_to_end_does_not_keep_its_router(fleet: Fleet) -> None:
+    strategies = fleet.folder / "strategies"
+    strategies.mkdir()
+    (strategies / "mine.py").write_text(REFUSES_TO_END)
+    router = fleet.router("--strategy-folder", str(strategies), "--strategy", "refuses_to_end")
+    fleet.engine()
+    with fleet.until_ready() as client, pytest.raises(DeadlineExceeded):
+        client.generate([5, 6, 7], max_tokens=1, timeout=0.2)
+    router.daemon.terminate()
+    assert router.daemon.wait() == 0
+    assert "tasks that refuse to end are left behind" in router.lines()[-1]
 
 
 # --- what hangs ------------------------------------------------------------------------------------------------------
