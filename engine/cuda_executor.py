@@ -2,8 +2,8 @@
 
 `launch` enqueues a step and returns; `collect` waits for the oldest. A token that is sampled stays on the GPU, in its
 sequence's slot, where the next step finds it. A step of decodes alone replays a graph of the next larger captured batch
-size; rows that only pad it stand on a page that no sequence owns. A step with prompts of up to a thousand tokens
-replays the graphs of `SegmentGraphs`.
+size; rows that only pad it stand on a page that no sequence owns. A step with prompts and few tokens replays the graphs
+of `SegmentGraphs`.
 
 What the CPU writes for the GPU to read (pinned) exists twice and is used in turn: with two steps in flight, the one
 before the last has been collected.
@@ -25,6 +25,7 @@ from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays, table_room
 from microserve.engine.cuda_sampler import draw, greedy, on_device
 from microserve.engine.cuda_segments import SegmentGraphs
+from microserve.engine.executor import DeviceLost
 from microserve.engine.plan import Sampled, StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
@@ -151,6 +152,21 @@ class CudaExecutor:
 
     def launch(self, plan: StepPlan) -> None:
         """Enqueues a step; waits only for tokens that the CPU has to draw."""
+        try:
+            self._launch(plan)
+        except Exception as error:
+            self._settle(error)
+            raise
+
+    def _settle(self, error: Exception) -> None:
+        """What a failed step has enqueued still reads what the next one writes, and writes into pages that are given
+        back: it is waited for. Raises `DeviceLost` where that is impossible, as after an illegal access."""
+        try:
+            self._stream.synchronize()
+        except Exception as lost:
+            raise DeviceLost(f"{lost} (after: {error})") from error
+
+    def _launch(self, plan: StepPlan) -> None:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             for flight in self._flights:
                 self._draw_on_host(flight)
@@ -175,6 +191,13 @@ class CudaExecutor:
         if not self._flights:
             raise InternalError("collect() without a launched step")
         flight = self._flights.popleft()
+        try:
+            return self._collect(flight)
+        except Exception as error:
+            self._settle(error)
+            raise
+
+    def _collect(self, flight: _Flight) -> StepResult:
         if flight.host_rows and flight.drawn is None:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._draw_on_host(flight)
@@ -289,6 +312,8 @@ class CudaExecutor:
         memory = None
         sizes = sorted(self._sizes, reverse=True)
         total = len(sizes) + len(self._segments.sizes)
+        # Buffers are made, and filled with zeros, on the stream of whoever makes us.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream), _uncollected():
             for done, size in enumerate(sizes):
                 self._fill(_pads(size, self._pad_page, self._slot_count - 1), size)

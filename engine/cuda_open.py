@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 1 << 30
 """Bytes left for what the profile does not see: graphs, libraries, transfers."""
+_FEWEST_PAGES = 16
 
 _COMPILING = 1800.0
 """Seconds that compiling one kernel may take, on a machine that is busy."""
@@ -66,6 +67,11 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     model = read_config(folder)
     if config.dtype == "float32":
         raise ConfigError("dtype float32: the cuda executor computes in bfloat16 or float16")
+    if model.head_dim % 64:
+        raise ConfigError(
+            f"head_dim {model.head_dim}: FlashInfer's attention takes multiples of 64; say --executor torch, which "
+            "serves on this GPU without it, slowly"
+        )
     own = model.dtype if model.dtype in _DTYPES else "bfloat16"
     dtype = _DTYPES[own if config.dtype == "auto" else config.dtype]
     max_context = min(config.max_context or model.max_context, model.max_context)
@@ -78,6 +84,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     loaded = time.monotonic()
     # FlashInfer and Triton are looked for only here: their kernels may have to be compiled first.
     from microserve.engine.cuda_executor import CudaExecutor
+    from microserve.engine.cuda_inputs import table_room
     from microserve.engine.cuda_profile import worst_step_bytes
     from microserve.engine.model.cuda_kernels import CudaKernels
 
@@ -86,8 +93,9 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     with first_step(progress):
         peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
-    # What graphs leave their logits in is made later.
-    peak += config.max_running * model.vocab_size * dtype.itemsize
+    # Made later: what graphs leave their logits in, as much for those that are drawn, and three page tables of int32.
+    peak += 2 * config.max_running * model.vocab_size * dtype.itemsize
+    peak += 3 * 4 * table_room(config.max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)
     info = describe(
@@ -144,19 +152,25 @@ def _pool_pages(config: EngineConfig, shape: PageShape, device: torch.device, pe
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_pages is not None:
-        needed = shape.page_bytes * (config.kv_pages + 1) + peak
+        needed = shape.page_bytes * (config.kv_pages + 1) + peak + _SPARE
         if needed > free:
             raise ConfigError(
-                f"kv_pages {config.kv_pages}: with what the worst step needs, {needed / 2**30:.1f} GiB; {device} has "
-                f"{free / 2**30:.1f} GiB free"
+                f"kv_pages {config.kv_pages}: with what the worst step and libraries need, {needed / 2**30:.1f} GiB; "
+                f"{device} has {free / 2**30:.1f} GiB free"
             )
         return config.kv_pages + 1
     room = int(total * config.gpu_memory) - (total - free) - peak - _SPARE
     if config.kv_memory != DEFAULT_KV_MEMORY:
-        room = min(room, parse_size(config.kv_memory))
+        given = parse_size(config.kv_memory)
+        if given < room and shape.pages_in(given) < _FEWEST_PAGES:
+            raise ConfigError(
+                f"kv_memory {config.kv_memory}: a page takes {shape.page_bytes / 2**20:.2g} MiB, and a pool needs "
+                f"{_FEWEST_PAGES} of them"
+            )
+        room = min(room, given)
     pages = shape.pages_in(max(0, room))
     least = -(-max_context // config.page_size)
-    if pages < 16:
+    if pages < _FEWEST_PAGES:
         raise ConfigError(
             f"{device} has {free / 2**30:.1f} GiB free; the worst step needs {peak / 2**30:.1f} and no page is left: "
             "lower step_tokens or max_running, or raise gpu_memory"

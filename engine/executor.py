@@ -10,12 +10,17 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import Layout, ModelInfo
 
 
+class DeviceLost(Exception):
+    """Nothing can be computed any more, in this process: a GPU after an illegal access, for example."""
+
+
 class Executor(Protocol):
     """Computes steps against its own KV pool. Every method is called from the step thread alone.
 
     `launch` may return before the step has finished; `collect` waits for the oldest launched step. `depth` says how
     many steps may be launched and uncollected at once (1: launch, collect, launch; 2: overlapped scheduling).
-    An error from `launch` or `collect` is fatal for the sequences of that step, not for the engine.
+    An error from `launch` or `collect` is fatal for the sequences of that step, and nothing of it runs any more; it is
+    not fatal for the engine, unless it is `DeviceLost`.
     """
 
     @property

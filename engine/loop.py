@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import structs
 
+from microserve.engine.executor import DeviceLost
 from microserve.engine.metrics import EngineMetrics
 from microserve.engine.scheduler import MAX_DEPTH
 from microserve.runtime.clock import monotonic
@@ -152,6 +153,8 @@ class StepLoop:
         if plan is not None:
             try:
                 self._executor.launch(plan)
+            except DeviceLost:
+                raise
             except Exception as error:  # whatever a device or a library raises: fatal for this step's requests alone
                 self._failed(plan.step, error)
             else:
@@ -161,6 +164,8 @@ class StepLoop:
             step = self._launched.popleft()
             try:
                 result = self._executor.collect()
+            except DeviceLost:
+                raise
             except Exception as error:  # as above
                 self._failed(step, error)
             else:
@@ -195,7 +200,7 @@ class StepLoop:
                 if not stepped:
                     self._wait()
         except BaseException as error:
-            # A bug in the loop itself: its state cannot be trusted any more, so the process has to end.
+            # A bug in the loop itself, whose state is not to be trusted any more, or a lost device.
             self._log.exception("the step thread died", error=repr(error))
             self._post(self._crashed, error)
         finally:

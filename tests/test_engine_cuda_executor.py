@@ -20,7 +20,7 @@ from microserve.kv.cache import KvCache
 from microserve.runtime.clock import ManualClock
 from microserve.runtime.codec import unpack_tokens
 from microserve.runtime.config import EngineConfig
-from microserve.runtime.messages import Generated, SamplingParams, TokenLogprobs, Tokens
+from microserve.runtime.messages import Generated, SamplingParams, TokenLogprobs, Tokens, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,6 +45,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"arch": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3": {"arch": "qwen3", "hidden_size": 256, "head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "window": {
+        "arch": "mistral",
+        "hidden_size": 256,
+        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 40,
+    },
 }
 SERVED = [(case, "bfloat16") for case in CASES] + [("heads-of-128", "float16"), ("qwen2", "float16")]
 ROUNDING = {"bfloat16": 0.5, "float16": 0.1}
@@ -238,6 +246,48 @@ def test_a_cached_prefix_gives_the_same_answer(serving: Serving, oracle: Rounded
     assert again.end.usage.cached_tokens == 64
     oracle.check_near(prompt, first, 10)
     oracle.check_near(prompt, again, 10)
+
+
+def test_requests_that_share_a_prompt_share_its_pages(serving: Serving, oracle: RoundedOracle) -> None:
+    (prompt,) = prompts([80], seed=10)
+    oracle.check_near(prompt, serving.run([prompt], [4])[0], 4)
+    for answer in serving.run([prompt] * 6, [9] * 6):
+        assert isinstance(answer.end, Generated)
+        assert answer.end.usage.cached_tokens == 64
+        oracle.check_near(prompt, answer, 9)
+
+
+def test_a_step_that_failed_spoils_no_other(
+    serving: Serving, oracle: RoundedOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = serving.executor
+    first, lost, after = (each.astype(np.int32) for each in prompts([40, 30, 50], seed=11))
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    pages = np.arange(8, dtype=np.int32)
+
+    def step(number: int, tokens: np.ndarray, at: int) -> StepPlan:
+        sequence = 10**6 + number
+        start = SequenceStart(sequence, tokens, len(tokens), sampling, 0, ())
+        return StepPlan(number, (Slice(sequence, tokens, 0, pages[at : at + 4], True, 0),), (start,))
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    executor.launch(step(1, first, 0))
+    with monkeypatch.context() as broken:
+        broken.setattr(executor, "_plan", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            executor.launch(step(2, lost, 4))
+    executor.launch(step(3, after, 4))
+    for prompt in (first, after):
+        ((token,),) = ([each.token for each in executor.collect().sampled],)
+        oracle.check_near(prompt, Answer([token], end=_ended()), 1)
+    executor.launch(StepPlan(4, (), forgotten=tuple(10**6 + number for number in (1, 2, 3))))
+    assert executor.collect().sampled == ()
+
+
+def _ended() -> Generated:
+    return Generated(finish_reason="length", usage=Usage(prompt_tokens=0, completion_tokens=1))
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_runs(serving: Serving) -> None:

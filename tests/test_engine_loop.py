@@ -10,6 +10,7 @@ import pytest
 from tests.engine_rig import Rig, make_request
 from tests.receiving_rig import KvRig
 
+from microserve.engine.executor import DeviceLost
 from microserve.engine.loop import StepLoop
 from microserve.engine.request import State
 from microserve.runtime.errors import Busy, InternalError, MicroserveError
@@ -177,6 +178,21 @@ def test_a_failing_executor_fails_its_step_and_the_loop_goes_on(
         for index, token in enumerate(bench.rig.expected(spared, 4))
     ]
     bench.rig.assert_empty()
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_a_device_that_is_lost_ends_the_loop(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    lost = DeviceLost("an illegal memory access")
+
+    def fails(*arguments: Any) -> None:
+        raise lost
+
+    monkeypatch.setattr(bench.executor, where, fails)
+    bench.loop.submit(make_request([1, 2], max_tokens=5))
+    with pytest.raises(DeviceLost) as raised:
+        bench.turns()
+    assert raised.value is lost
 
 
 def test_questions_are_answered_at_a_step_boundary() -> None:
