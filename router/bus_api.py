@@ -22,8 +22,6 @@ from microserve.runtime.messages import (
     Aborted,
     AbortRequest,
     Announce,
-    CacheMatch,
-    CachePrefixes,
     Detokenize,
     Detokenized,
     EngineCall,
@@ -64,8 +62,8 @@ _log = get_logger(__name__)
 
 _ENGINES = (Announce, Heartbeat, Leave)
 _ADMINS = (SetStrategy, RollbackStrategy, ListRequests, AbortRequest, ListEvents)
-_LOOKS = (Info, Stats, CacheMatch, CachePrefixes)
-"""Calls on engines that change nothing."""
+_LOOKS = (Info, Stats)
+"""Calls on engines that change nothing, and tell nothing of other people's prompts (as a look into caches does)."""
 
 
 class RouterApi:

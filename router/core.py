@@ -144,19 +144,32 @@ class RouterCore:
         metrics.version, metrics.started_at = version, time.time()
         self._meeting: asyncio.TimerHandle | None = None
         self.fleet.changed = self._fleet_changed
-        metrics.bus = bus.statistics
+        metrics.bus = self._bus_statistics = bus.statistics
+        self._bus_refusals = 0
+        """Of which the event log has been told."""
 
     # --- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to watch for engines that fall silent."""
+        """Begin to watch for engines that fall silent, and for whom the bus refuses."""
         self.fleet.apply(self.roster.sweep())
+        refused = self._bus_statistics().unauthorized
+        if refused > self._bus_refusals:
+            self.events.add(
+                "refused", detail=f"{refused - self._bus_refusals} without a key that is let in, by the bus"
+            )
+            self._bus_refusals = refused
         loop = asyncio.get_running_loop()
         self._sweeping = loop.call_later(self.config.engine_silence / 4, self.start)
 
     def drain(self) -> None:
         """Refuse what is new from now on; what was accepted is finished. Idempotent."""
         self.draining = True
+
+    def http_refused(self, reason: str) -> None:
+        """A request over HTTP had no key that is let in, or not for that."""
+        self.metrics.unauthorized(reason)
+        self.events.add("refused", detail=f"{reason}, over HTTP", every=_REFUSALS)
 
     def configure(self, config: RouterConfig) -> None:
         """Another configuration is in effect; what was accepted keeps its limits."""

@@ -114,7 +114,7 @@ async def serve(
             version=microserve.__version__,
         )
         api = RouterApi(core)
-        auth = HttpAuth(api_keys, refused=core.metrics.unauthorized)
+        auth = HttpAuth(api_keys, refused=core.http_refused)
         server = _HttpServer(_http_config(config, make_app(core, auth=auth), certificate))
         try:
             listener = await bus.listen(config.bind, api.server)

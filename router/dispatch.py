@@ -195,7 +195,8 @@ class Generation:
         """Nobody wants the rest: its work at the engines is freed within a step. No effect after the end."""
         if not self._complete and self.state is not State.ENDED:
             self._held = None
-            self._end(Cancelled("the request was cancelled by its caller"))
+            # Its caller has gone or said so, or may not have it any more: whoever ended it knows.
+            self._end(Cancelled("nobody waits for the answer any more"))
 
     def suffice(self) -> None:
         """The reader has all it asked for (a stop string): ends like `cancel`, and counts as served."""

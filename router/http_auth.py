@@ -90,7 +90,14 @@ class HttpAuth:
         self._refused(reason)
         client = exchange.scope.get("client")
         peer = client[0] if client else ""
-        _log.warning("HTTP request refused", every=5.0, why=reason, peer=peer, path=exchange.scope["path"])
+        _log.warning(
+            "HTTP request refused",
+            every=5.0,
+            request=exchange.request_id,
+            why=reason,
+            peer=peer,
+            path=exchange.scope["path"],
+        )
         if isinstance(error, Unauthorized):
             exchange.headers.append((b"www-authenticate", b"Bearer"))
         return error

@@ -17,6 +17,7 @@ import pytest
 from tests.cluster import FAKE, Cluster, daemon_environ
 
 from microserve.runtime.api_keys import new_api_key, revoke_api_key
+from microserve.runtime.client import Client
 from microserve.runtime.keys import new_identity
 from microserve.runtime.zmq_bus import new_key_pair
 
@@ -112,6 +113,9 @@ def test_the_official_client_with_a_key_over_tls_and_no_secret_in_any_log(tmp_pa
                     for _ in stream:
                         pass
                 assert not allowed(trusted, url, ann)
+                with Client(cluster.router) as operator:
+                    events = {each.detail for each in operator.events().events if each.kind == "refused"}
+                assert {f"{why}, over HTTP" for why in ("wrong key", "not admin", "revoked")} <= events
                 metrics = trusted.get(f"{url}/metrics", headers={"authorization": f"Bearer {bob}"}).text
                 assert 'microserve_router_unauthorized_total{reason="revoked"} 1.0' in metrics
                 assert 'microserve_router_unauthorized_total{reason="not admin"} 1.0' in metrics

@@ -174,6 +174,27 @@ def test_a_lost_session_is_an_event() -> None:
     with_client(work)
 
 
+def test_whoever_is_refused_is_an_event() -> None:
+    async def main() -> None:
+        async with World(engine_silence=4.0) as world:
+            world.core.start()
+            world.bus.counters.unauthorized += 3
+            world.core.http_refused("wrong key")
+            world.core.http_refused("wrong key")
+            await asyncio.sleep(1.5)
+            world.bus.counters.unauthorized += 1
+            await asyncio.sleep(1.5)
+            told = [each.detail for each in world.core.events.after(0, 100).events if each.kind == "refused"]
+            assert told == [
+                "wrong key, over HTTP",
+                "3 without a key that is let in, by the bus",
+                "1 without a key that is let in, by the bus",
+            ]
+            assert world.metric("unauthorized_total", reason="wrong key") == 2.0
+
+    run_virtual(main())
+
+
 def test_a_flood_is_one_event_and_is_counted() -> None:
     now = 0.0
     log = EventLog(now=lambda: 100.0 + now, clock=lambda: now, most=3)
