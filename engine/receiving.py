@@ -249,7 +249,7 @@ class Receiving:
         return self.leases.claim(lease_id, begin, end, sender, now)
 
     def arrived(self, epoch: int, lease_id: int, claim_id: int, first: int, count: int, now: float) -> None:
-        """Our own transport was notified that pages of a lease have been written."""
+        """Our own transport was notified that pages `[first, first + count)` of a claim have been written."""
         self.now = now
         if epoch != self._epoch:
             return

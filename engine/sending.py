@@ -284,15 +284,14 @@ class Sends:
             source = send.ready[0] if len(send.ready) == 1 else np.concatenate(send.ready)
             send.ready = []
             send.pushing = len(source)
-            address, size = send.address, self._info().layout.page_size
-            first = (send.range.begin - address.matched) // size + send.pushed
+            address = send.address
             send.way.push_began()
             self._push(
                 Push(
                     peer=send.way.name,
                     source=source,
                     target=send.target[send.pushed : send.pushed + len(source)],
-                    notification=encode_arrival(address.epoch, address.lease, send.claim, first, len(source)),
+                    notification=encode_arrival(address.epoch, address.lease, send.claim, send.pushed, len(source)),
                     not_after=send.asked_at + send.term,
                     done=lambda pushed: self._pushed(send, pushed),
                 )

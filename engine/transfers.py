@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from microserve.runtime.clock import Clock
 
 _ARRIVAL: Final = struct.Struct("<4sQQQII")
-_MAGIC: Final = b"mkv1"
+_MAGIC: Final = b"mkv2"
 
 _SHORTEST_WAIT: Final = 50e-6
 _GROWTH: Final = 1.25
@@ -65,7 +65,10 @@ def _sleep_exactly() -> None:
 
 
 class Arrival(Struct, frozen=True):
-    """Pages `[first_page, first_page + count)` of a lease were written under a claim, says our own transport."""
+    """Pages `[first_page, first_page + count)` of a claim on a lease were written, says our own transport.
+
+    Counted from the claim, whose range both sides know: an address may be wrong about where its lease begins.
+    """
 
     peer: str
     epoch: int

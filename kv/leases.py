@@ -188,14 +188,15 @@ class LeaseTable:
         return claim.id
 
     def arrived(self, lease_id: int, claim_id: int, first: int, count: int, now: float) -> Lease | None:
-        """Our transport says that pages `[first, first + count)` of the lease were written. None: nobody waits."""
+        """Our transport says that pages `[first, first + count)` of the claim were written. None: nobody waits."""
         lease = self._leases.get(lease_id)
         claim = next((each for each in lease.claims if each.id == claim_id), None) if lease is not None else None
-        if lease is None or claim is None or not claim.first <= first < first + count <= claim.last:
+        if lease is None or claim is None or not 0 <= first < first + count <= claim.last - claim.first:
             self._counts["stray_arrivals"] += 1
             return None
-        lease.there[first : first + count] = True
-        lease.awaited[first : first + count] = False
+        written = slice(claim.first + first, claim.first + first + count)
+        lease.there[written] = True
+        lease.awaited[written] = False
         self._counts["arrived_pages"] += count
         self._renew(lease, now)
         return lease

@@ -85,6 +85,7 @@ class KvRig(Rig):
         return self.receiving.claim(lease.id, EPOCH, begin, end, (sender, epoch), self.clock())
 
     def arrive(self, lease: Lease, claim: int, first: int, count: int) -> None:
+        """Pages `[first, first + count)` of the claim."""
         self.receiving.arrived(EPOCH, lease.id, claim, first, count, self.clock())
         self.read()
 
@@ -129,7 +130,8 @@ class KvRig(Rig):
         for offset, page in enumerate(pages.tolist()):
             target = int(lease.pages[first + offset])
             self.executor.pool[target] = source.executor.pool[page]
-        self.arrive(lease, claim, first, len(pages))
+        begin = next(each.first for each in lease.claims if each.id == claim)
+        self.arrive(lease, claim, first - begin, len(pages))
 
     def read(self) -> None:
         for output in self.scheduler.take_outputs():

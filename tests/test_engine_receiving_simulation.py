@@ -50,9 +50,8 @@ class Transfer:
         self._lease = lease
         self.name = name
         self.claim = receiver.claim(lease, begin, end, name)
-        self._first = (begin - lease.matched) // PAGE
         self._skip = begin // PAGE
-        self._targets = lease.pages[self._first : -(-(end - lease.matched) // PAGE)].copy()
+        self._targets = lease.pages[(begin - lease.matched) // PAGE : -(-(end - lease.matched) // PAGE)].copy()
         self._pushed = 0
         self.over = False
         try:
@@ -89,7 +88,7 @@ class Transfer:
             source = ready[self._pushed : self._pushed + count]
             for page, target in zip(source.tolist(), left.tolist(), strict=False):
                 self._receiver.executor.pool[target] = self._sender.executor.pool[page]
-            first = self._first + self._pushed
+            first = self._pushed
             self._pushed += count
             if rng.random() < 0.97:
                 self._receiver.arrive(self._lease, self.claim, first, count)

@@ -268,6 +268,22 @@ def test_an_address_may_lie_about_its_pages() -> None:
     run_fleet(work)
 
 
+@pytest.mark.parametrize("matched", [4, 16])
+def test_an_address_may_be_wrong_about_where_its_lease_begins(matched: int) -> None:
+    """What was sent counts as arrived where the claim says that it is; what is missing before it may come yet."""
+
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        kv = await fleet.prep_recv(b, LONG, end=-1)
+        await fleet.remote_send(a, LONG, replace(kv, matched=matched))
+        await fleet.until(lambda: b.core.receiving.statistics()["lease_arrived_pages"])
+        assert b.core.receiving.statistics()["lease_arrived_pages"] == 30 - matched // 4
+        await fleet.remote_send(a, LONG, kv, end=matched)
+        assert (await answers(fleet, b, LONG, kv=kv)).received_tokens == 119
+
+    run_fleet(work)
+
+
 def test_two_sends_of_one_engine_do_not_share_a_claim() -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines

@@ -94,7 +94,7 @@ def test_received_is_without_a_gap() -> None:
     _, leases = table()
     lease = opened(leases)
     late, early = leases.claim(lease.id, 8, 13, ("a", 1), 0.0), leases.claim(lease.id, 0, 8, ("b", 1), 0.0)
-    leases.arrived(lease.id, late, 2, 2, 0.0)
+    leases.arrived(lease.id, late, 0, 2, 0.0)
     assert (lease.received, lease.waiting) == (0, True)
     leases.arrived(lease.id, early, 0, 1, 0.0)
     assert lease.received == 4
@@ -106,9 +106,9 @@ def test_arrivals_that_fit_no_claim_change_nothing() -> None:
     _, leases = table()
     lease = opened(leases)
     claim = leases.claim(lease.id, 4, 8, ("a", 1), 0.0)
-    for lease_id, number, first, count in ((1, claim, 1, 1), (lease.id, 99, 1, 1), (lease.id, claim, 0, 1)):
+    for lease_id, number, first, count in ((1, claim, 0, 1), (lease.id, 99, 0, 1), (lease.id, claim, 1, 1)):
         assert leases.arrived(lease_id, number, first, count, 0.0) is None
-    assert leases.arrived(lease.id, claim, 1, 2, 0.0) is None
+    assert leases.arrived(lease.id, claim, 0, 2, 0.0) is None
     assert leases.statistics()["stray_arrivals"] == 4
     assert lease.received == 0
 

@@ -279,7 +279,7 @@ class LeaseHistories(RuleBasedStateMachine):
             # is notified late had been written.
             for index in indexes & writer.unwritten:
                 self.holds[int(receive.lease.pages[index])] = receive.text(index)
-        known = self.table.arrived(receive.lease.id, writer.id, first, count, self.now)
+        known = self.table.arrived(receive.lease.id, writer.id, first - writer.first, count, self.now)
         assert known is (receive.lease if fits and receive.open else None)
         if known is not None:
             # Of a lease that has ended nothing is believed but the end of the claim.
