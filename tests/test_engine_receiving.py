@@ -289,6 +289,38 @@ def test_leases_hold_at_most_their_share_and_the_next_waits_its_turn() -> None:
     rig.assert_empty()
 
 
+def test_a_lease_leaves_a_page_for_each_running_request() -> None:
+    rig = KvRig(pages=16, share=1.0)
+    for first in (1, 20):
+        rig.submit(make_request([first, 2, 3], max_tokens=9, ignore_eos=True))
+    rig.step()
+    assert (rig.scheduler.running, rig.cache.available()) == (2, 14)
+    with pytest.raises(Busy):
+        rig.prepare([7] * 13 * PAGE)
+    lease = rig.lease([7] * 12 * PAGE)
+    assert (rig.cache.available(), len(lease.pages)) == (2, 12)
+    rig.receiving.release(lease.id, rig.clock())
+    rig.run()
+    rig.assert_empty()
+
+
+def test_no_lease_is_granted_while_a_request_in_line_is_short_of_pages() -> None:
+    rig = KvRig(pages=16, share=1.0)
+    running = rig.submit(make_request([1, 2, 3], max_tokens=9, ignore_eos=True))
+    rig.step()
+    held = rig.lease([30] * 11 * PAGE)
+    rig.submit(make_request([20] * 4 * PAGE, max_tokens=1))
+    rig.step()
+    assert (rig.scheduler.short, rig.scheduler.running, rig.cache.available()) == (True, 1, 4)
+    with pytest.raises(Busy):
+        rig.prepare([7])
+    rig.receiving.release(held.id, rig.clock())
+    rig.run()
+    assert rig.seen[running].tokens == rig.expected(running, 9)
+    rig.receiving.release(rig.lease([7]).id, rig.clock())
+    rig.assert_empty()
+
+
 def test_a_prompt_that_never_fits_is_refused_at_once() -> None:
     rig = KvRig(pages=16)
     with pytest.raises(InvalidRequest, match="never leases room"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.engine_rig import make_request
+from tests.engine_rig import PAGE, make_request
 from tests.receiving_rig import KvRig
 
 from microserve.engine.request import State
@@ -108,6 +108,41 @@ def test_a_send_without_room_is_busy_at_once() -> None:
         rig.send(list(range(20, 40)))
     rig.run()
     rig.finish(held)
+    rig.assert_empty()
+
+
+def test_a_send_leaves_a_page_for_each_running_request() -> None:
+    rig = KvRig(pages=16)
+    for first in (1, 20):
+        rig.submit(make_request([first, 2, 3], max_tokens=9, ignore_eos=True))
+    rig.step()
+    assert (rig.scheduler.running, rig.cache.available()) == (2, 14)
+    with pytest.raises(Busy, match="13 pages"):
+        rig.send([7] * 13 * PAGE)
+    send = rig.send([7] * 12 * PAGE)
+    assert rig.cache.available() == 2
+    rig.run()
+    rig.finish(send)
+    rig.run()
+    rig.assert_empty()
+
+
+def test_no_send_begins_while_a_request_in_line_is_short_of_pages() -> None:
+    rig = KvRig(pages=16, share=1.0)
+    running = rig.submit(make_request([1, 2, 3], max_tokens=9, ignore_eos=True))
+    rig.step()
+    held = rig.lease([30] * 11 * PAGE)
+    rig.submit(make_request([20] * 4 * PAGE, max_tokens=1))
+    rig.step()
+    assert (rig.scheduler.short, rig.scheduler.running, rig.cache.available()) == (True, 1, 4)
+    with pytest.raises(Busy, match="1 pages"):
+        rig.send([7])
+    rig.receiving.release(held.id, rig.clock())
+    rig.run()
+    assert rig.seen[running].tokens == rig.expected(running, 9)
+    send = rig.send([7])
+    rig.run()
+    rig.finish(send)
     rig.assert_empty()
 
 
