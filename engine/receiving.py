@@ -20,7 +20,7 @@ import numpy as np
 from microserve.engine.link import peer_name
 from microserve.engine.outputs import CommitTicket, Opened, Output, Prepare
 from microserve.engine.request import Request
-from microserve.runtime.errors import Busy, Cancelled, InvalidRequest, LeaseNotFound, StaleEpoch
+from microserve.runtime.errors import Busy, Cancelled, InvalidRequest, LeaseNotFound, LeaseTooLarge, StaleEpoch
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import Committed
 
@@ -87,15 +87,11 @@ class Receiving:
     def prepare(self, ticket: Prepare, now: float) -> None:
         """Opens a lease now, or as soon as there is room until `admit_by`.
 
-        Raises `Busy` when there is none and the ticket does not wait, and `InvalidRequest` for a prompt that leases
-        can never hold.
+        Raises `Busy` when there is none and the ticket does not wait, and `LeaseTooLarge` when leases can never hold
+        what is not cached of the prompt.
         """
         self.now = now
-        if self.leases.never_fits(len(ticket.tokens)):
-            raise InvalidRequest(
-                f"the prompt has {len(ticket.tokens)} tokens; this engine never leases room for as many",
-                param="prompt",
-            )
+        self._output_room(ticket)
         if not self._preparing and self._open(ticket, now):
             return
         if ticket.admit_by is None or ticket.admit_by <= now:
@@ -107,10 +103,25 @@ class Receiving:
         if ticket in self._preparing:
             self._preparing.remove(ticket)
 
-    def _open(self, ticket: Prepare, now: float) -> bool:
-        expect = ticket.expect_tokens
-        while expect and self.leases.never_fits(len(ticket.tokens) + expect):
+    def _output_room(self, ticket: Prepare) -> int:
+        """Output tokens that a lease can keep room for, at most as many as are expected. Raises `LeaseTooLarge`."""
+        length, expect = len(ticket.tokens), ticket.expect_tokens
+        if not self.leases.never_fits(length, expect):
+            return expect
+        # Looked up only where it decides: that costs more, the longer the prompt.
+        matched = self._scheduler.cache.match(ticket.tokens).length
+        while self.leases.never_fits(length, expect, matched):
+            if not expect:
+                raise LeaseTooLarge(
+                    f"the prompt has {length} tokens, {matched} of them cached; this engine never leases room for the "
+                    "rest",
+                    param="prompt",
+                )
             expect //= 2
+        return expect
+
+    def _open(self, ticket: Prepare, now: float) -> bool:
+        expect = self._output_room(ticket)
         scheduler = self._scheduler
         lease = None
         if not scheduler.short:
@@ -133,8 +144,13 @@ class Receiving:
                 pages, at = self._tried_at
                 if now - at < _RETRY and self._scheduler.cache.available() <= pages:
                     return
-            if not self._open(self._preparing[0], now):
-                return
+            ticket = self._preparing[0]
+            try:
+                if not self._open(ticket, now):
+                    return
+            except LeaseTooLarge as error:
+                # What was cached of it as it came has been evicted.
+                self._scheduler.tell(Output(ticket, error, True))
             self._preparing.popleft()
 
     def _busy(self) -> Busy:

@@ -71,9 +71,15 @@ class LeaseTable:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def never_fits(self, tokens: int) -> bool:
-        """Whether a prompt of so many tokens, none of them cached, needs more pages than leases may ever hold."""
-        return -(-tokens // self._cache.page_size) > self._most
+    def never_fits(self, tokens: int, reserve_tokens: int = 0, matched: int = 0) -> bool:
+        """Whether a prompt of so many tokens, `matched` of them cached, needs more pages than leases may ever hold."""
+        return self._needed(tokens, reserve_tokens, matched) > self._most
+
+    def _needed(self, tokens: int, reserve_tokens: int, matched: int) -> int:
+        """Pages for what is not cached of a prompt, and for output."""
+        size = self._cache.page_size
+        # When all is cached, the last page is recomputed for its logits, and a shared page is never written.
+        return -(-(tokens + reserve_tokens) // size) - matched // size + (matched >= tokens)
 
     def open(
         self, tokens: TokenArray, end: int, reserve_tokens: int, now: float, *, owner: object = None, keep: int = 0
@@ -87,11 +93,7 @@ class LeaseTable:
         lock = cache.acquire(tokens)
         matched = lock.length
         awaited = max(0, -(-end // size) - matched // size)
-        total = -(-(len(tokens) + reserve_tokens) // size) - matched // size
-        if matched >= len(tokens):
-            # The last page is recomputed for its logits, and a shared page is never written.
-            total += 1
-        needed = max(awaited, total)
+        needed = max(awaited, self._needed(len(tokens), reserve_tokens, matched))
         held = self._cache.allocator.count(PageState.LEASED) + self._cache.allocator.count(PageState.QUARANTINED)
         room = held + needed <= self._most and cache.available() >= needed + keep
         pages = cache.allocate(needed, PageState.LEASED) if room else None

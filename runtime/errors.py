@@ -3,7 +3,8 @@
 MicroserveError
 ├── CallerError                  the caller must change something          4xx, never retried
 │   ├── InvalidRequest           400 invalid_request
-│   │   └── ContextLengthExceeded 400 context_length_exceeded
+│   │   ├── ContextLengthExceeded 400 context_length_exceeded
+│   │   └── LeaseTooLarge        400 lease_too_large (it can be served there, but not by a lease)
 │   ├── Unauthorized             401 unauthorized
 │   ├── Forbidden                403 forbidden
 │   ├── NotFound                 404 not_found
@@ -67,6 +68,12 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt, or the prompt and the asked-for output, does not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class LeaseTooLarge(InvalidRequest):
+    """The prompt needs more pages than the engine's leases may hold together. Without a lease it may well be served."""
+
+    code = "lease_too_large"
 
 
 class Unauthorized(CallerError):
@@ -226,6 +233,7 @@ _BY_CODE: dict[str, type[MicroserveError]] = {
     for cls in (
         InvalidRequest,
         ContextLengthExceeded,
+        LeaseTooLarge,
         Unauthorized,
         Forbidden,
         NotFound,

@@ -15,6 +15,7 @@ from microserve.runtime.errors import (
     DeadlineExceeded,
     InvalidRequest,
     LeaseNotFound,
+    LeaseTooLarge,
     StaleEpoch,
 )
 from microserve.runtime.messages import Committed
@@ -323,8 +324,53 @@ def test_no_lease_is_granted_while_a_request_in_line_is_short_of_pages() -> None
 
 def test_a_prompt_that_never_fits_is_refused_at_once() -> None:
     rig = KvRig(pages=16)
-    with pytest.raises(InvalidRequest, match="never leases room"):
+    with pytest.raises(LeaseTooLarge, match="40 tokens, 0 of them cached; this engine never leases room"):
         rig.prepare(list(range(40)), admit_by=rig.clock() + 5)
+    rig.lease(list(range(20)))
+    waiting = rig.prepare(list(range(20, 40)), admit_by=rig.clock() + 5)
+    with pytest.raises(LeaseTooLarge):
+        rig.prepare(list(range(40)), admit_by=rig.clock() + 5)
+    rig.turn(5.0)
+    assert isinstance(rig.answers[waiting], Busy)
+    rig.receiving.owner_lost("router", rig.clock())
+    rig.assert_empty()
+
+
+@pytest.mark.parametrize(("known", "fits"), [(8, True), (7, False), (10, True)])
+def test_what_is_cached_needs_no_lease(known: int, fits: bool) -> None:
+    """Leases may hold 8 of 32 pages. The prompt has 16, or 10 of them and all cached."""
+    rig = KvRig(pages=32, share=0.25)
+    prompt = list(range(16 * PAGE if known != 10 else 10 * PAGE))
+    first = rig.submit(make_request([*prompt[: known * PAGE], 48], max_tokens=1))
+    rig.run()
+    assert rig.generated(first).usage.completion_tokens == 1
+    assert rig.cache.match(prompt).length == known * PAGE
+    if not fits:
+        with pytest.raises(LeaseTooLarge, match="64 tokens, 28 of them cached"):
+            rig.prepare(prompt, admit_by=rig.clock() + 5)
+        rig.assert_empty()
+        return
+    # There is no room for output, which is the first to be done without.
+    lease = rig.lease(prompt, expect=100)
+    assert (lease.matched, len(lease.pages) + len(lease.reserve) <= 8) == (known * PAGE, True)
+    rig.receiving.release(lease.id, rig.clock())
+    rig.assert_empty()
+
+
+def test_a_preparation_that_waits_is_refused_when_what_it_needs_does_not_fit_any_more() -> None:
+    rig = KvRig(pages=32, share=0.25)
+    prompt = list(range(16 * PAGE))
+    rig.submit(make_request([*prompt[: 8 * PAGE], 48], max_tokens=1))
+    rig.run()
+    rig.lease([40] * PAGE)
+    waiting = rig.prepare(prompt, admit_by=rig.clock() + 5)
+    behind = rig.prepare([41], admit_by=rig.clock() + 5)
+    assert waiting not in rig.answers
+    assert rig.cache.evict() == 8
+    rig.turn(0.1)
+    assert isinstance(rig.answers[waiting], LeaseTooLarge)
+    assert isinstance(rig.answers[behind], Opened)
+    rig.receiving.owner_lost("router", rig.clock())
     rig.assert_empty()
 
 

@@ -89,6 +89,12 @@ def test_leases_hold_a_share_and_two_tables_that_fill_each_other_do_not_wait() -
     assert cache.available() == 8
     assert leases.never_fits(33)
     assert not leases.never_fits(32)
+    assert leases.never_fits(32, 1)
+    assert not leases.never_fits(36, 1, matched=8)
+    assert leases.never_fits(36, 1, matched=4)
+    # Of one that is all cached, a page is computed again.
+    assert not leases.never_fits(64, 28, matched=64)
+    assert leases.never_fits(64, 29, matched=64)
     leases.close(held[0], 0.0)
     opened(leases, PROMPT + 500)
 

@@ -29,7 +29,7 @@ def test_every_error_crosses_the_wire_as_itself(cls: type[MicroserveError]) -> N
 
 def test_codes_are_unique() -> None:
     codes = [cls.code for cls in RAISED]
-    assert len(set(codes)) == len(codes) == 24
+    assert len(set(codes)) == len(codes) == 25
 
 
 def test_a_code_of_a_newer_peer_is_an_internal_error_that_shows_it() -> None:
@@ -44,6 +44,7 @@ def test_a_code_of_a_newer_peer_is_an_internal_error_that_shows_it() -> None:
     [
         ("invalid_request", 400),
         ("context_length_exceeded", 400),
+        ("lease_too_large", 400),
         ("unauthorized", 401),
         ("forbidden", 403),
         ("not_found", 404),
