@@ -23,6 +23,7 @@ from microserve.runtime.errors import (
     DeadlineExceeded,
     InternalError,
     LeaseNotFound,
+    LeaseTooLarge,
     MicroserveError,
     NoEngine,
     PeerLost,
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from microserve.router.pending import SubRecord
     from microserve.runtime.clock import Clock
     from microserve.runtime.messages import Generated
+
+    _Start = Callable[[Request, RunFleet], AsyncGenerator[Chunk, None]]
+    """What begins a run of a program."""
 
 BLOCKED_SECONDS = 0.05
 """A strategy that keeps the loop for longer is named in a warning."""
@@ -256,27 +260,53 @@ class Generation:
 
     async def _run(self) -> None:
         try:
-            error = await self._attempt()
-            if error is not None and self._may_retry(error):
-                # Nothing was streamed, so the program can run again: where engines live, and not where it was refused.
-                self._started.let_go()
-                _log.info("request starts again", every=1.0, request=self.request.id, error=error.message)
-                again = await self._attempt()
-                error = error if isinstance(again, NoEngine) else again
+            error = await self._attempts()
         except asyncio.CancelledError:
             # Usually the choice has ended, and this is how its strategy is told. Else the strategy cancelled itself.
             self._end(InternalError(f"strategy '{self._name}' was cancelled from within"))
             raise
         self._end(error)
 
+    async def _attempts(self) -> MicroserveError | None:
+        """Runs the program, as often as that makes sense while nothing is streamed. The error that is left."""
+        start: _Start = self._program.start
+        lost: MicroserveError | None = None
+        while (error := await self._attempt(start)) is not None and not self._streamed:
+            if isinstance(error, LeaseTooLarge) and start != self._without_lease:
+                # Nothing is wrong with the request: a strategy that moves KV must not fail what another one serves.
+                start = self._without_lease
+                _log.info("request is served without a lease", every=1.0, request=self.request.id, error=error.message)
+            elif lost is None and self._may_retry(error):
+                # Where engines live, and not where it was refused.
+                lost = error
+                _log.info("request starts again", every=1.0, request=self.request.id, error=error.message)
+            else:
+                break
+            self._started.let_go()
+        return lost if isinstance(error, NoEngine) and lost is not None else error
+
+    @property
+    def _streamed(self) -> bool:
+        """Whether it is too late to begin again."""
+        return self.state is State.ENDED or self.first_token_at is not None or self._complete
+
     def _may_retry(self, error: MicroserveError) -> bool:
-        if self.state is State.ENDED or self.first_token_at is not None or self._complete:
-            return False
         return isinstance(error, _LOST) or (isinstance(error, Unavailable) and bool(self._started.avoid))
 
-    async def _attempt(self) -> MicroserveError | None:
-        """Runs the program once. The error that it ended with."""
-        stream = self._program.start(self.request, RunFleet(self._started))
+    async def _without_lease(self, request: Request, fleet: RunFleet) -> AsyncGenerator[Chunk, None]:
+        """In place of a program that was refused a lease: all on the engine that was to receive, or on another."""
+        started = self._started
+        wanted = started.too_large
+        if wanted is not None and wanted.id in fleet.engines and wanted.id not in started.avoid:
+            engine = fleet.engine(wanted.id)
+        else:
+            engine = fleet.pick(prefix=True)
+        async for chunk in engine.start_generate():
+            yield chunk
+
+    async def _attempt(self, start: _Start) -> MicroserveError | None:
+        """Runs a program once. The error that it ended with."""
+        stream = start(self.request, RunFleet(self._started))
         try:
             await self._follow(stream)
             if self._complete or self.state is State.ENDED:

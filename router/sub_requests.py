@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from microserve.router.link import Charge
 from microserve.router.pending import Pending, RunKv, RunSending, SubRecord, uncovered
 from microserve.router.prefix_index import page_names
-from microserve.runtime.errors import Cancelled, MicroserveError, PeerLost, ProtocolError, Unavailable
+from microserve.runtime.errors import Cancelled, LeaseTooLarge, MicroserveError, PeerLost, ProtocolError, Unavailable
 from microserve.runtime.messages import Abort, Forgo, Prepared, Release, SendReport
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class SubRequests:
         self.fleet = fleet
         self.avoid: set[str] = set()
         """Engines that would not, or died: not picked when the program runs again."""
+        self.too_large: EngineLink | None = None
+        """The engine that leases no room for what it was asked to prepare, whoever else may."""
         self.generating: list[str] = []
         """Engines that were asked to generate, in order."""
         self.records: list[SubRecord] = []
@@ -208,6 +210,8 @@ class SubRequests:
                     self.post(link, Release(lease=address.lease))
                 return
             self._preparing -= 1
+            if isinstance(error, LeaseTooLarge):
+                self.too_large = link
             if address is None:
                 pending.settle(None, error or ProtocolError(f"engine {link.id} prepared with {type(reply).__name__}"))
                 return

@@ -87,6 +87,15 @@ def test_prompts_of_every_length_cold_and_warm(name: str) -> None:
 
 
 DISAGGREGATED = ["d prep_recv", "p remote_send", "d start_generate"]
+LEASING = {
+    "disaggregation",
+    "balanced_disaggregation",
+    "split_prefill",
+    "fallback_prefill",
+    "prefill_decode",
+    "balanced",
+}
+"""Those that ask for a lease first. `cached_disaggregation` does without one when all is cached."""
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,30 @@ def test_who_does_what(name: str, expected: list[str]) -> None:
             elif received:
                 (record,) = received
                 assert record.computed == record.end == {"balanced": 400, "balanced_disaggregation": 448}.get(name, 499)
+            await world.settle_whole()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_that_no_lease_can_hold_is_served(name: str) -> None:
+    """It has 375 pages of the pool's 600, and leases hold half of those. With its KV cached, a lease is as ever."""
+
+    async def main() -> None:
+        async with deployment(ALL[name]) as world:
+            prompt = prompt_of(6000)
+            first = await answer(world, prompt)
+            refused = [f"{each.engine} {each.verb}" for each in first.sub_requests if each.outcome != "ok"]
+            assert {each.outcome for each in first.sub_requests} <= {"ok", "lease_too_large"}
+            if name in LEASING:
+                assert (refused, asked(first)[-1:]) == (["d prep_recv"], ["d start_generate"])
+            assert len([each for each in asked(first) if each.endswith("start_generate")]) == 1
+            again = await answer(world, prompt)
+            assert {each.outcome for each in again.sub_requests} <= {"ok", "lease_too_large"}
+            if name in LEASING:
+                assert "d prep_recv" in asked(again)
+                assert again.finish is not None
+                assert again.finish.usage.cached_tokens >= 5984
             await world.settle_whole()
 
     run_virtual(main())

@@ -20,14 +20,18 @@ from microserve.runtime.errors import (
     Draining,
     InternalError,
     InvalidRequest,
+    LeaseTooLarge,
     MicroserveError,
     PeerLost,
 )
 from microserve.runtime.log import get_logger
-from microserve.runtime.messages import TokenLogprobs, Tokens
+from microserve.runtime.messages import PrepRecv, StartGenerate, TokenLogprobs, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from microserve.router.strategy import SettingValue
+    from microserve.runtime.rpc import IncomingCall
 
 FREE = {"a": (0, 0)}
 
@@ -503,6 +507,105 @@ def test_a_strategy_that_blocks_the_loop_is_named(caplog: pytest.LogCaptureFixtu
     record = next(record for record in caplog.records if record.getMessage() == "strategy blocks the event loop")
     assert record.fields["strategy"] == "slow"  # type: ignore[attr-defined]
     assert record.fields["milliseconds"] >= 60  # type: ignore[attr-defined]
+
+
+# --- leases that can never be granted -------------------------------------------------------------------------------
+
+
+@strategy
+async def leasing(request: Request, fleet: Fleet, *, first: int = 0) -> AsyncIterator[Chunk]:
+    """Receives on a, after `first` chunks from b; b sends."""
+    chunks = aiter(fleet.engine("b").start_generate()) if first else None
+    for _ in range(first):
+        assert chunks is not None
+        yield await anext(chunks)
+    decode = fleet.engine("a")
+    kv = await decode.prep_recv(end=-1)
+    fleet.engine("b").remote_send(kv)
+    async for chunk in decode.start_generate(kv):
+        yield chunk
+
+
+def run_leasing(
+    check: Callable[[World, ScriptedEngine, ScriptedEngine], Awaitable[None]], **settings: SettingValue
+) -> None:
+    async def main() -> None:
+        async with World(leasing.configure(settings)) as world:
+            a, b = await world.add("a"), await world.add("b")
+            a.answers[PrepRecv] = lambda call: call.fail(LeaseTooLarge("never", param="prompt"))
+            await check(world, a, b)
+            await world.settle()
+            assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+
+    run_virtual(main())
+
+
+def test_who_is_refused_a_lease_for_good_is_served_without_one() -> None:
+    async def check(world: World, a: ScriptedEngine, b: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        assert world.log == ["a prep_recv end=-1", "a start_generate 0"]
+        assert world.charges() == {"a": (1, 3), "b": (0, 0)}
+        await a.finish(1, 2)
+        assert ids_of(await read(generation)) == [1, 2]
+        assert [record.outcome for record in generation.sub_requests] == ["lease_too_large", "ok"]
+
+    run_leasing(check)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_without_a_lease_it_is_retried_once_like_any_other(lost: bool) -> None:
+    async def check(world: World, a: ScriptedEngine, b: ScriptedEngine) -> None:
+        if not lost:
+            a.answers[StartGenerate] = lambda call: call.fail(Busy("full", retry_after=2.0))
+        generation = world.generate()
+        await world.settle()
+        if lost:
+            await a.die()
+        assert world.log == ["a prep_recv end=-1", "a start_generate 0", "b start_generate 0"]
+        await b.fail(Busy("full", retry_after=3.0))
+        with pytest.raises(Busy) as caught:
+            await read(generation)
+        assert caught.value.retry_after == 3.0
+        assert len(world.log) == 3
+
+    run_leasing(check)
+
+
+def test_a_program_that_runs_again_may_be_refused_a_lease_then() -> None:
+    async def check(world: World, a: ScriptedEngine, b: ScriptedEngine) -> None:
+        refuse = a.answers[PrepRecv]
+
+        def busy_once(call: IncomingCall) -> None:
+            a.answers[PrepRecv] = refuse
+            call.fail(Busy("full", retry_after=2.0))
+
+        a.answers[PrepRecv] = busy_once
+        generation = world.generate()
+        await world.settle()
+        # `a` would not: whoever may be chosen serves it.
+        assert world.log == ["a prep_recv end=-1"] * 2 + ["b start_generate 0"]
+        await b.finish(5)
+        assert ids_of(await read(generation)) == [5]
+
+    run_leasing(check)
+
+
+def test_a_lease_that_is_refused_after_a_token_is_an_error() -> None:
+    async def check(world: World, a: ScriptedEngine, b: ScriptedEngine) -> None:
+        generation = world.generate()
+        await world.settle()
+        await b.tokens(7)
+        assert (await anext(generation)).tokens == [7]
+        with pytest.raises(LeaseTooLarge):
+            await anext(generation)
+        assert a.log is world.log
+        assert world.log == ["b start_generate 0", "a prep_recv end=-1", "b cancel start_generate"]
+
+    run_leasing(check, first=1)
+
+
+# --- retries --------------------------------------------------------------------------------------------------------
 
 
 def test_a_retry_runs_the_program_again_with_its_charges_given_back() -> None:
