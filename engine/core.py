@@ -201,7 +201,14 @@ class EngineCore:
         self.verbs.deliver(outputs)
 
     def _sender_dead(self, engine_id: str, epoch: int) -> None:
-        self.steps.command(lambda: self.kv.sender_dead(engine_id, epoch))
+        def dead() -> None:
+            self.steps.command(lambda: self.kv.sender_dead(engine_id, epoch))
+
+        if self.transfers is None:
+            dead()
+        else:
+            # Its pages are not safe before we have looked: what it wrote may lie in our own sockets.
+            self.transfers.outlive(dead)
 
     def _expect(self, change: int) -> None:
         if self.transfers is not None:

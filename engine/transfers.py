@@ -41,6 +41,9 @@ _LONGEST_BUSY, _LONGEST_EXPECTING, _LONGEST_IDLE = 100e-6, 500e-6, 20e-3
 _SHORT: Final = 2e-3
 """Seconds that a push may be expected to take, by its peer's link, and is looked at with the shortest of pauses."""
 _PR_SET_TIMERSLACK: Final = 29
+_LAST_WORDS = 10e-3
+"""Seconds of looks after which what a dead peer left is taken. Over TCP, a single look was seen to take all that lay in
+our sockets, and what its kernel held behind that: several MB. The time is for a machine with too much to do."""
 _LAST_PUSHES = 1.0
 """Seconds that active pushes get to end when the thread is told to stop."""
 
@@ -128,6 +131,11 @@ class _Dialled(Struct, eq=False):
     done: Callable[[LinkReport], None]
 
 
+class _Outlived(Struct, eq=False):
+    told: Callable[[], object]
+    until: float
+
+
 class TransferThread:
     """Drives a transport. What does not say otherwise is for other threads."""
 
@@ -157,6 +165,8 @@ class TransferThread:
         """Nobody looks into the inbox any more."""
         self._active: list[_Active] = []
         self._dialled: list[_Dialled] = []
+        self._outlived: list[_Outlived] = []
+        """What waits for the last words of peers that are dead."""
         self._rates: dict[str, float] = {}
         """Bytes/s of the links, as measured when they were made."""
         self._wait = _SHORTEST_WAIT
@@ -193,6 +203,14 @@ class TransferThread:
     def push(self, order: Push) -> None:
         """Begins a push as soon as the thread comes to it."""
         self._command(lambda: self._begin(order))
+
+    def outlive(self, told: Callable[[], object]) -> None:
+        """A peer is dead: `told` is called once nothing comes from it any more, behind its last arrivals.
+
+        What it wrote may lie in our own sockets, from where our own looks at the transport copy it into the pool. In
+        the transfer thread; from whoever calls, when that has ended.
+        """
+        self._command(lambda: self._outlive(told))
 
     def expect(self, change: int) -> None:
         """So many notifications more (or fewer) are awaited: while there are any, the thread looks for them often."""
@@ -245,10 +263,22 @@ class TransferThread:
                 self._counts["failed_connections" if report.error else "connections"] += 1
                 self._rates[dialled.peer] = report.gigabytes_per_second * 1e9
                 self._post(dialled.done, report)
+        looked_at = self._clock()
         if found := self._transport.arrivals():
             happened = True
             self._tell_arrivals(found)
+        for outlived in tuple(self._outlived):
+            if looked_at >= outlived.until:
+                happened = True
+                self._outlived.remove(outlived)
+                outlived.told()
         return happened
+
+    def _outlive(self, told: Callable[[], object]) -> None:
+        if self._closed:
+            told()
+        else:
+            self._outlived.append(_Outlived(told, self._clock() + _LAST_WORDS))
 
     def _connect(self, peer: str, metadata: bytes, done: Callable[[LinkReport], None]) -> None:
         if self._over:
@@ -327,7 +357,7 @@ class TransferThread:
         if self._active or self._dialled:
             longest = _LONGEST_BUSY
         else:
-            longest = _LONGEST_EXPECTING if self._expected > 0 else _LONGEST_IDLE
+            longest = _LONGEST_EXPECTING if self._expected > 0 or self._outlived else _LONGEST_IDLE
         self._wait = _SHORTEST_WAIT if happened else min(longest, self._wait * _GROWTH)
         if not self._inbox:
             self._wake.wait(self._wait)
@@ -345,9 +375,15 @@ class TransferThread:
             # It may still be written: the receiver learns of our end by other means.
             self._fail(active.order, self._over, certain=False)
         self._active.clear()
-        self._closed = True
-        self._answer_rest()
-        self._transport.close()
+        try:
+            # First: while it is open, what lies in our sockets may still be copied.
+            self._transport.close()
+        finally:
+            self._closed = True
+            for outlived in self._outlived:
+                outlived.told()
+            self._outlived.clear()
+            self._answer_rest()
 
     def _dial_no_more(self) -> None:
         for dialled in self._dialled:

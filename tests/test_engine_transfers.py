@@ -185,6 +185,64 @@ def test_a_dead_peer_fails_and_a_dead_sender_writes_nothing(pair: tuple[End, End
     assert two.reports.get_nowait() == LinkReport("local", error="one:1 is not in this process")
 
 
+def test_what_a_dead_peer_left_is_taken_before_it_is_told(
+    pair: tuple[End, End], hub: LoopbackHub, clock: ManualClock
+) -> None:
+    """Its pages lie in our buffers, and our own look writes them."""
+    one, two = pair
+    hub.late.add(("one:1", "two:2"))
+    one.push("two:2", [0], [3])
+    one.turn()
+    hub.kill("one:1")
+    told: list[int] = []
+    two.transfers.outlive(lambda: told.append(two.arrived.qsize()))
+    assert (told, int(two.pool[3, 0])) == ([], 2)
+    two.turn()
+    assert (told, int(two.pool[3, 0])) == ([], 1)
+    clock.advance(9e-3)
+    two.turn()
+    assert told == []
+    clock.advance(1.1e-3)
+    two.turn()
+    two.turn()
+    assert told == [1], "once, and behind the arrival"
+    assert two.arrived.get_nowait() == [Arrival("one:1", 7, 1, 2, 3, 1)]
+
+
+def test_a_death_is_not_told_before_a_look_that_began_late_enough(
+    pair: tuple[End, End], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, two = pair
+    told: list[float] = []
+    two.transfers.outlive(lambda: told.append(clock()))
+
+    def slow_look() -> list[tuple[str, bytes]]:
+        clock.advance(0.5)
+        return []
+
+    monkeypatch.setattr(two.transport, "arrivals", slow_look)
+    began = clock()
+    two.transfers.turn()
+    assert told == []
+    two.transfers.turn()
+    assert told == [began + 1.0]
+
+
+def test_a_death_is_told_by_a_thread_that_stops_when_its_transport_is_closed(
+    pair: tuple[End, End], hub: LoopbackHub
+) -> None:
+    _, two = pair
+    told: list[bool] = []
+    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    two.turn()
+    assert told == []
+    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    two.transfers.stop()
+    assert told == [False, False]
+    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    assert told == [False] * 3
+
+
 def test_notifications_that_make_no_sense_are_counted_and_dropped(
     pair: tuple[End, End], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,6 +346,8 @@ def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
     hub.let_go()
     one.transfers.expect(-1)
     assert longest() == 20e-3
+    one.transfers.outlive(lambda: None)
+    assert longest() == 0.5e-3
 
 
 @pytest.mark.parametrize(("rate", "pauses"), [(0.999, 5), (1.001, 0)])
@@ -348,6 +408,13 @@ def test_two_threads_push_both_ways(running: tuple[End, End]) -> None:
     assert one.pool[8:].min() == 2
 
 
+def test_a_death_is_told_by_a_thread_that_has_nothing_else_to_do(running: tuple[End, End]) -> None:
+    one, _ = running
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    one.transfers.outlive(lambda: told.put(threading.current_thread().name))
+    assert told.get(timeout=LIMIT) == "engine-transfer"
+
+
 def test_stopping_lets_a_push_end(running: tuple[End, End], hub: LoopbackHub) -> None:
     one, two = running
     one.connect(two)
@@ -401,11 +468,17 @@ def test_a_bug_ends_the_thread_loudly_and_everybody_is_answered(
 ) -> None:
     transport = _Broken()
     one = End(hub, "one:1", clock=monotonic, transport=transport)
+    died = threading.Event()
     with caplog.at_level(logging.ERROR):
+        one.transfers.outlive(died.set)
         one.transfers.start()
         one.transfers.connect("two:2", b"", one.reports.put)
         assert transport.closed.wait(LIMIT)
         one.push("two:2", [0], [0])
         assert one.pushed.get(timeout=LIMIT).error == "the transfer thread died: KeyError('two:2')"
+        assert died.wait(LIMIT)
+        died.clear()
+        one.transfers.outlive(died.set)
+        assert died.is_set()
     assert "the transfer thread died" in caplog.messages
     one.transfers.stop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.fleet_calls import expected, prompt_of
+from tests.fleet_calls import PAGE, expected, prompt_of
 from tests.fleet_checks import LONG, PROMPT, WAIT, answers, evict, link_of, raises
 from tests.fleet_rig import Fleet, run_fleet
 
@@ -81,6 +81,67 @@ def test_a_sender_dies_without_a_word() -> None:
         assert tokens == expected(LONG)
         # Three seconds of silence, then /proc is looked at.
         assert fleet.clock() - died_at < 6.0
+        await raises(PeerLost, sending)
+
+    run_fleet(work)
+
+
+async def leave_pages_in_our_buffers(fleet: Fleet) -> int:
+    """`b` stops, and is sent pages of the send that is held; then `a` dies, and `b` has the proof. How many pages."""
+    a, b = fleet.engines
+    await fleet.until(lambda: any(send.pushing for send in a.core.sends._live))
+    (send,) = a.core.sends._live
+    b.frozen.clear()
+    fleet.hub.late.add((a.transport_name, b.transport_name))
+    fleet.hub.let_go()
+    transfers = b.core.transfers
+    assert transfers is not None
+    await fleet.until(lambda: transfers._transport._buffers)  # type: ignore[attr-defined]
+    await a.kill()
+    await fleet.until(lambda: transfers._inbox)
+    return send.pushing
+
+
+def test_pages_of_a_dead_sender_are_not_free_before_we_have_looked() -> None:
+    """What it sent may lie in our own buffers, and then it is our own look that writes it."""
+
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        fleet.hub.hold()
+        kv = await fleet.prep_recv(b, LONG, end=-1)
+        sending = fleet.sending(a, LONG, kv)
+        await fleet.until(lambda: any(send.pushing for send in a.core.sends._live))
+        assert await fleet.release(b, kv) == "quarantined"
+        await leave_pages_in_our_buffers(fleet)
+        pool = b.executor.pool
+        before, transfers = pool.copy(), b.core.transfers
+        assert transfers is not None
+        b.core.steps.turn()
+        assert (b.quarantined(), (pool == before).all()) == (30, True)
+        transfers.turn()
+        b.core.steps.turn()
+        assert (b.quarantined(), (pool == before).all()) == (30, False)
+        b.frozen.set()
+        await fleet.until(lambda: not b.quarantined(), limit=1.0)
+        await raises(PeerLost, sending)
+
+    run_fleet(work)
+
+
+def test_what_a_dead_sender_had_sent_counts() -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        fleet.hub.hold()
+        kv = await fleet.prep_recv(b, LONG, end=-1)
+        generating = fleet.generating(b, LONG, kv=kv)
+        sending = fleet.sending(a, LONG, kv)
+        pages = await leave_pages_in_our_buffers(fleet)
+        b.core.steps.turn()
+        b.frozen.set()
+        tokens, end = await generating
+        assert tokens == expected(LONG)
+        assert (end.received_tokens, end.recomputed_tokens) == (pages * PAGE, 119 - pages * PAGE)
+        assert pages > 0
         await raises(PeerLost, sending)
 
     run_fleet(work)

@@ -96,6 +96,23 @@ def test_a_peer_that_dies_during_a_push_fails_it(start: Start) -> None:
     assert one.connect(other)["error"] == ""
 
 
+def test_a_dead_peer_writes_nothing_once_its_death_is_told(start: Start) -> None:
+    """Over TCP, megabytes of its push lie in our own sockets when it is gone, and our own looks write them."""
+    one, two = (start(name, seed=1, tls="tcp", pages=MANY) for name in ("one:1", "two:2"))
+    assert (one.connect(two)["error"], two.connect(one)["error"]) == ("", "")
+    two.tell("still")
+    two.hear("still")
+    pages = list(range(MANY))
+    one.tell("push", peer="two:2", source=pages, target=pages, note="never")
+    one.hear("posted")
+    one.process.kill()
+    one.process.wait()
+    two.tell("outlive")
+    found = two.hear("overwritten")
+    assert found["overwritten"] == 0
+    assert found["taken"] > 0
+
+
 def test_a_stopped_peer_leaves_a_push_under_way_and_going_on_completes_it(start: Start) -> None:
     one, two = (start(name, seed=seed, tls="tcp", pages=MANY) for name, seed in (("one:1", 1), ("two:2", 2)))
     assert one.connect(two)["error"] == ""

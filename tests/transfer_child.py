@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from microserve.engine.transfers import TransferThread
 from microserve.kv.transfer.base import KvMemory, PostState
 from microserve.kv.transfer.nixl import NixlTransport
 from microserve.runtime.clock import monotonic
@@ -43,6 +44,8 @@ class _Child:
         self.transport = NixlTransport(memory, name, connect_limit=limit)
         self.connecting: list[Connecting] = []
         self.posts: list[Post] = []
+        self.still = False
+        """It looks at nothing."""
         self.say({"metadata": self.transport.metadata().hex()})
 
     def say(self, fact: Mapping[str, Any]) -> None:
@@ -57,7 +60,8 @@ class _Child:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     self.obey(json.loads(line))
-            self.look()
+            if not self.still:
+                self.look()
         self.transport.close()
 
     def obey(self, order: dict[str, Any]) -> None:
@@ -74,8 +78,34 @@ class _Child:
                 self.say({"posted": post.nbytes})
         elif verb == "disconnect":
             self.transport.disconnect(order["peer"])
+        elif verb == "still":
+            self.still = True
+            self.say({"still": True})
+        elif verb == "outlive":
+            self.say(self.outlive())
         elif verb == "digest":
             self.say({"digest": digest(self.pages(order["pages"]))})
+
+    def outlive(self) -> dict[str, int]:
+        """A peer is dead. How many pages are written until an engine would be told so, and how many after that."""
+        taken: list[int] = []
+
+        def told() -> None:
+            taken.append(self.written())
+            self.pool.fill(7)
+
+        transfers = TransferThread(self.transport, arrived=lambda arrivals: None, post=lambda function, *args: None)
+        self.pool.fill(7)
+        transfers.outlive(told)
+        while not taken:
+            transfers.turn()
+        for _ in range(200):
+            self.transport.arrivals()
+        return {"taken": taken[0], "overwritten": self.written()}
+
+    def written(self) -> int:
+        """Pages that hold anything but sevens."""
+        return int((self.pool != 7).any(axis=1).sum())
 
     def pages(self, numbers: list[int]) -> np.ndarray[Any, Any]:
         chosen = self.pool[numbers]

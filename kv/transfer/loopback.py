@@ -34,7 +34,8 @@ class LoopbackHub:
     """Where the loopback transports of one process find each other, and where tests make trouble.
 
     A post over a way that is in `held` stays under way until `let_go`; in `failing`, it fails without having written
-    anything; in `tearing`, it fails after the first half; in `mute`, it is written and never notified.
+    anything; in `tearing`, it fails after the first half; in `mute`, it is written and never notified; in `late`, it
+    lies in the receiver's buffers until that one looks, whoever is dead by then, and its sender hears no more of it.
     A page takes `seconds_per_page` of `clock`; what one engine pushes goes one after the other.
     """
 
@@ -48,6 +49,7 @@ class LoopbackHub:
         self.failing: Rules = set()
         self.tearing: Rules = set()
         self.mute: Rules = set()
+        self.late: Rules = set()
         self.pushed: list[tuple[str, str, int]] = []
         """(from, to, pages) of every post that was completed."""
 
@@ -72,7 +74,7 @@ class LoopbackHub:
 class LoopbackPost:
     """One push."""
 
-    __slots__ = ("due", "nbytes", "notification", "peer", "source", "status", "target")
+    __slots__ = ("due", "nbytes", "notification", "peer", "sent", "source", "status", "target")
 
     def __init__(
         self, peer: str, source: PageArray, target: PageArray, notification: bytes, nbytes: int, due: float
@@ -84,6 +86,8 @@ class LoopbackPost:
         self.notification = notification
         self.nbytes = nbytes
         self.status = _ACTIVE
+        self.sent = False
+        """Whether it lies in the receiver's buffers, or did."""
 
 
 class LoopbackConnecting:
@@ -113,6 +117,8 @@ class LoopbackTransport:
         self._wake = wake
         self._peers: set[str] = set()
         self._inbox: deque[tuple[str, bytes]] = deque()
+        self._buffers: dict[LoopbackPost, tuple[str, bytes]] = {}
+        """Pages that were sent here and that we have not looked at: (sender, pages) by post."""
         self._posts: set[LoopbackPost] = set()
         self._busy_until = 0.0
         with hub.lock:
@@ -182,6 +188,8 @@ class LoopbackTransport:
         self._posts.remove(cast("LoopbackPost", post))
 
     def arrivals(self) -> list[tuple[str, bytes]]:
+        for post in list(self._buffers):
+            self._unpack(post, *self._buffers.pop(post))
         found = []
         while self._inbox:
             found.append(self._inbox.popleft())
@@ -216,12 +224,32 @@ class LoopbackTransport:
                 half = len(post.source) // 2
                 self._copy(other, post.source[:half], post.target[:half])
                 return PostStatus(PostState.FAILED, "the link was told to tear")
+            if hub.applies(hub.late, self.me, peer):
+                if not post.sent:
+                    other._buffers[post] = (self.me, self._pack(post.source))
+                    post.sent = True
+                return _ACTIVE
             self._copy(other, post.source, post.target)
-            hub.pushed.append((self.me, peer, len(post.source)))
-            if not hub.applies(hub.mute, self.me, peer):
-                other._inbox.append((self.me, post.notification))
+            other._written(self.me, post)
         other._wake()
         return PostStatus(PostState.DONE)
+
+    def _written(self, sender: str, post: LoopbackPost) -> None:
+        """All of a post of `sender`'s is in our pool."""
+        hub = self._hub
+        hub.pushed.append((sender, self.me, len(post.target)))
+        if not hub.applies(hub.mute, sender, self.me):
+            self._inbox.append((sender, post.notification))
+
+    def _pack(self, pages: PageArray) -> bytes:
+        size = self.memory.page_bytes
+        return b"".join(ctypes.string_at(self.memory.address + page * size, size) for page in pages.tolist())
+
+    def _unpack(self, post: LoopbackPost, sender: str, pages: bytes) -> None:
+        size = self.memory.page_bytes
+        for index, page in enumerate(post.target.tolist()):
+            ctypes.memmove(self.memory.address + page * size, pages[index * size : (index + 1) * size], size)
+        self._written(sender, post)
 
     def _copy(self, other: LoopbackTransport, source: PageArray, target: PageArray) -> None:
         size = self.memory.page_bytes
