@@ -169,6 +169,10 @@ def test_a_retry_of_prep_recv_is_the_same_lease() -> None:
         await raises(Conflict, fleet.prep_recv(b, LONG, sub_id=body.sub_id))
         await raises(Conflict, fleet.generate(b, PROMPT, sub_id=body.sub_id))
         await fleet.release(b, first.address)
+        # The answer that it had; what it names has ended, which whoever uses it hears.
+        assert await fleet.ask(b, body, Prepared) == first
+        assert len(b.core.receiving.leases) == 0
+        await raises(LeaseNotFound, fleet.remote_send(fleet["a"], PROMPT, first.address))
 
     run_fleet(work)
 
