@@ -50,12 +50,12 @@ class AdminPages:
 
     async def strategies(self, exchange: Exchange) -> None:
         """What can be chosen, what serves, what was."""
-        await exchange.answer(_plain_json(self._core.strategies()))
+        await exchange.answer(_plain_json(await self._core.strategies()))
 
     async def set(self, exchange: Exchange) -> None:
         """Another version for new requests."""
         asked = parse.parse(self._set, await exchange.body(self._max_body))
-        active = self._versions.set(
+        active = await self._versions.set(
             asked.name, asked.settings, model=asked.model, share=asked.share, dry_run=asked.dry_run
         )
         await exchange.answer(_plain_json(StrategySet(active=active, dry_run=asked.dry_run)))

@@ -107,12 +107,9 @@ class RouterApi:
             case Status():
                 call.reply(core.status())
             case ListStrategies():
-                call.reply(core.strategies())
+                self._start(call, self._list_strategies(call))
             case SetStrategy():
-                active = core.versions.set(
-                    body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run
-                )
-                call.reply(StrategySet(active=active, dry_run=body.dry_run))
+                self._start(call, self._set_strategy(call, body))
             case RollbackStrategy():
                 call.reply(StrategySet(active=core.versions.roll_back(model=body.model, number=body.number)))
             case ListRequests():
@@ -157,6 +154,15 @@ class RouterApi:
         finally:
             stream.cancel()  # no effect once it has ended; else our caller is gone, and the engine stops
         call.reply(stream.reply)
+
+    async def _list_strategies(self, call: IncomingCall) -> None:
+        call.reply(await self._core.strategies())
+
+    async def _set_strategy(self, call: IncomingCall, body: SetStrategy) -> None:
+        active = await self._core.versions.set(
+            body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run
+        )
+        call.reply(StrategySet(active=active, dry_run=body.dry_run))
 
     async def _tokenize(self, call: IncomingCall, body: Tokenize) -> None:
         text = self._core.text_model(body.model)

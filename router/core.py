@@ -103,7 +103,7 @@ class RouterCore:
         """
         self.config = config
         self.metrics = metrics
-        self.versions = program if isinstance(program, Versions) else Versions(program, Catalog.built_in)
+        self.versions = program if isinstance(program, Versions) else Versions(program, Catalog.built_in())
         """Which program serves new requests. Those in flight keep theirs."""
         self.http_url = ""
         self.draining = False
@@ -437,9 +437,9 @@ class RouterCore:
             (*self._active, *self._queue), request_id=request_id, recent=recent, limit=limit
         )
 
-    def strategies(self) -> Strategies:
+    async def strategies(self) -> Strategies:
         """What can be chosen, what serves, what was, and what each version did. Sources are read again."""
-        return msgspec.structs.replace(self.versions.show(), figures=self.metrics.figures())
+        return msgspec.structs.replace(await self.versions.show(), figures=self.metrics.figures())
 
     def abort(self, request_id: str) -> str:
         """Ends a request, all choices of it. "freed", or "unknown" when none runs or waits."""

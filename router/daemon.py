@@ -23,7 +23,7 @@ from microserve.router.http import make_app
 from microserve.router.http_auth import HttpAuth
 from microserve.router.metrics import RouterMetrics
 from microserve.router.reload import router_reload
-from microserve.router.strategies.catalog import StrategyFolder, load_catalog
+from microserve.router.strategies.catalog import Sources
 from microserve.router.text import TextModel
 from microserve.router.tls import load_certificate
 from microserve.router.versions import Versions
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
+    from microserve.router.strategies.catalog import Catalog
     from microserve.router.strategy import Program
     from microserve.router.tls import Certificate
     from microserve.runtime.ids import Epoch
@@ -100,7 +101,8 @@ async def serve(
     api_keys = ApiKeys(Path(config.api_keys_file)) if config.api_keys_file else None
     certificate = load_certificate(config)
     check_http_exposed(config)
-    versions = load_versions(config)
+    # In a thread: files of strategies may take long, and signals need not wait.
+    versions = await asyncio.to_thread(load_versions, config)
     http = bind_http(config.http_host, config.http_port)
     bus = ZmqBus(Peer("router", router_id, new_epoch() if epoch is None else epoch), security=security)
     with contextlib.closing(http):
@@ -170,15 +172,17 @@ async def _until_drained(lifecycle: Lifecycle, core: RouterCore, serving: asynci
 
 
 def load_versions(config: RouterConfig) -> Versions:
-    """What serves at the start: the configured strategy, or what was set before the last restart."""
-    folder = StrategyFolder(Path(config.strategy_folder)) if config.strategy_folder else None
+    """What serves at the start: the configured strategy, or what was set before the last restart. Raises `ConfigError`.
+
+    Waits for the files of strategies.
+    """
+    sources = Sources(Path(config.strategy_folder) if config.strategy_folder else None)
     store = Path(config.state_folder) / "strategies.json" if config.state_folder else None
-    return Versions(load_program(config), partial(load_catalog, folder), store=store)
+    return Versions(load_program(config, sources.load()), sources, store=store)
 
 
-def load_program(config: RouterConfig) -> Program:
+def load_program(config: RouterConfig, catalog: Catalog) -> Program:
     """The configured strategy with its settings. Raises `ConfigError`; tells of strategies that could not be loaded."""
-    catalog = load_catalog(Path(config.strategy_folder) if config.strategy_folder else None)
     for problem in catalog.problems:
         _log.error("strategy cannot be used", problem=str(problem))
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.router.strategies.catalog import StrategyFolder, load_catalog
+from microserve.router.strategies.catalog import Sources
+from microserve.runtime.errors import ConfigError
 from microserve.runtime.log import get_logger
 from microserve.runtime.reload import Reload
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microserve.router.core import RouterCore
-    from microserve.router.strategies.catalog import Catalog
     from microserve.runtime.settings import RouterConfig
 
 _HINT = "it takes a restart, or now: microserve strategy set"
@@ -34,23 +34,26 @@ def router_reload(
     def nothing(config: RouterConfig) -> None:
         """It is looked up in the configuration when it is needed."""
 
-    elsewhere: Callable[[], Catalog] = core.versions.read
+    reading: set[asyncio.Task[None]] = set()
 
     def check(config: RouterConfig) -> None:
-        """Reads the strategies again, whether the folder is another or not: files that have not changed are not run
-        again. Raises `ConfigError` when it cannot be read."""
-        nonlocal elsewhere
-        elsewhere = core.versions.read
-        if config.strategy_folder != core.config.strategy_folder:
-            folder = Path(config.strategy_folder) if config.strategy_folder else None
-            elsewhere = partial(load_catalog, folder and StrategyFolder(folder))
-        catalog = elsewhere()
+        """Raises `ConfigError` for a folder that is none. What is in it is told of later."""
+        if config.strategy_folder and not Path(config.strategy_folder).is_dir():
+            raise ConfigError(f"strategy folder {config.strategy_folder} is not a folder")
+
+    def look_there(config: RouterConfig) -> None:
+        core.versions.read_from(Sources(Path(config.strategy_folder) if config.strategy_folder else None))
+
+    async def read_strategies() -> None:
+        """Whether the folder is another or not; files that have not changed are not run again."""
+        try:
+            catalog = await core.versions.read()
+        except ConfigError as error:
+            _log.error("strategies cannot be read", error=error.message)
+            return
         for problem in catalog.problems:
             _log.error("strategy cannot be used", problem=str(problem))
         _log.info("strategies read again", usable=len(catalog.strategies), problems=len(catalog.problems))
-
-    def look_there(config: RouterConfig) -> None:
-        core.versions.read_from(elsewhere)
 
     live: dict[str, Callable[[RouterConfig], object]] = {
         "max_active": nothing,
@@ -68,6 +71,10 @@ def router_reload(
     def changed(config: RouterConfig) -> None:
         core.configure(config)
         relog(config)
+        # Not waited for: the router serves meanwhile.
+        task = asyncio.get_running_loop().create_task(read_strategies(), name="read strategies")
+        reading.add(task)
+        task.add_done_callback(reading.discard)
 
     hints = {"strategy": _HINT, "strategy_settings": _HINT}
     return Reload(core.config, read, live, check=check, hints=hints, changed=changed)

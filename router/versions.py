@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
-    from microserve.router.strategies.catalog import Catalog
+    from microserve.router.strategies.catalog import Catalog, Sources
     from microserve.router.strategy import Program, Strategy
 
 EVERY = ""
@@ -65,18 +65,21 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Versions:
-    """What serves, per model. `catalog` reads the sources of strategies again, each time it is called."""
+    """What serves, per model. `sources` are read again whenever somebody looks at them or chooses from them.
+
+    Used on the event loop, which never waits for them; it is made wherever waiting does no harm.
+    """
 
     def __init__(
         self,
         configured: Program,
-        catalog: Callable[[], Catalog],
+        sources: Sources | Catalog,
         *,
         store: Path | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """`configured` serves until something else is set, or was set before the last restart and is in `store`."""
-        self._catalog = catalog
+        self._sources = sources
         self._store = store
         self._now = now
         self._lanes: dict[str, Lanes] = {EVERY: (Lane(configured, 1.0, now()),)}
@@ -92,13 +95,13 @@ class Versions:
         if store is not None and store.exists():
             self._restore(store)
 
-    def read(self) -> Catalog:
+    async def read(self) -> Catalog:
         """The sources of strategies as they are now. Raises `ConfigError` when they cannot be read at all."""
-        return self._catalog()
+        return await self._sources.read()
 
-    def read_from(self, catalog: Callable[[], Catalog]) -> None:
+    def read_from(self, sources: Sources) -> None:
         """Sources of strategies are elsewhere from now on. What serves is not touched."""
-        self._catalog = catalog
+        self._sources = sources
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class Versions:
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
-    def set(
+    async def set(
         self,
         name: str,
         settings: Mapping[str, object],
@@ -141,6 +144,20 @@ class Versions:
         changes nothing: `InvalidRequest` (no such strategy, a setting that is wrong, a source that is broken), or
         `ModelNotFound`.
         """
+        try:
+            strategy = (await self.read()).get(name)
+        except ConfigError as error:
+            raise InvalidRequest(error.message, param="name") from error
+        # Nothing is awaited from here on: what is checked is what is changed.
+        self._check(model, share)
+        lane = Lane(strategy.configure(settings), share, self._now())
+        lanes = (lane,) if share == 1.0 else self._beside(lane, model)
+        if not dry_run:
+            part = f" for {share:.0%}" if share < 1.0 else ""
+            self._change(model, lanes, f"set {lane.program.version}{part}")
+        return _shown(model, lanes)
+
+    def _check(self, model: str, share: float) -> None:
         if not 0.0 < share <= 1.0:
             raise InvalidRequest(f"share lies above 0 and at most at 1, not {share}", param="share")
         if model == "*" or not model.isprintable():
@@ -152,23 +169,17 @@ class Versions:
             )
         if model not in self._lanes and len(self._lanes) >= _MOST_MODELS:
             raise InvalidRequest(f"{_MOST_MODELS} models have strategies of their own already", param="model")
-        try:
-            program = self._catalog().get(name).configure(settings)
-        except ConfigError as error:
-            raise InvalidRequest(error.message, param="name") from error
-        lane = Lane(program, share, self._now())
-        lanes: Lanes = (lane,)
-        if share < 1.0:
-            present = self._lanes.get(model) or self._lanes[EVERY]
-            base = max(present, key=lambda each: each.share)
-            if base.program.version == program.version:
-                raise InvalidRequest(
-                    f"{program.version} serves most of the traffic already: a share is for another one", param="share"
-                )
-            lanes = (Lane(base.program, 1.0 - share, base.since), lane)
-        if not dry_run:
-            self._change(model, lanes, f"set {program.version}" + (f" for {share:.0%}" if share < 1.0 else ""))
-        return _shown(model, lanes)
+
+    def _beside(self, lane: Lane, model: str) -> Lanes:
+        """What serves most of a model's traffic now, which keeps the rest of it, and the newcomer."""
+        present = self._lanes.get(model) or self._lanes[EVERY]
+        base = max(present, key=lambda each: each.share)
+        version = lane.program.version
+        if base.program.version == version:
+            raise InvalidRequest(
+                f"{version} serves most of the traffic already: a share is for another one", param="share"
+            )
+        return (Lane(base.program, 1.0 - lane.share, base.since), lane)
 
     def roll_back(self, *, model: str = EVERY, number: int | None = None) -> list[ActiveStrategy]:
         """Back to what served `model` before its last change, or before change `number`. Raises `NotFound`."""
@@ -215,9 +226,9 @@ class Versions:
 
     # --- looking at it -----------------------------------------------------------------------------------------------
 
-    def show(self) -> Strategies:
+    async def show(self) -> Strategies:
         """What can be chosen, what serves, what was. Sources are read again."""
-        catalog = self._catalog()
+        catalog = await self.read()
         known = {name: (each, catalog.sources.get(name, "")) for name, each in catalog.strategies.items()}
         for lanes in self._lanes.values():
             for lane in lanes:
@@ -255,7 +266,7 @@ class Versions:
         if stored.format != _STORE_FORMAT:
             _log.error("strategy versions are of another format", file=str(store), format=stored.format)
             return
-        catalog = self._catalog()
+        catalog = self._sources.load()
         restored: dict[str, list[Lane]] = {}
         for entry in stored.active:
             try:

@@ -105,10 +105,10 @@ class FakeCore:
     generations: list[FakeGeneration] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     metrics: RouterMetrics = field(default_factory=lambda: RouterMetrics(CollectorRegistry()))
-    versions: Versions = field(default_factory=lambda: Versions(data_parallel.configure(), Catalog.built_in))
+    versions: Versions = field(default_factory=lambda: Versions(data_parallel.configure(), Catalog.built_in()))
 
-    def strategies(self) -> Strategies:
-        return self.versions.show()
+    async def strategies(self) -> Strategies:
+        return await self.versions.show()
 
     def models(self) -> list[ModelInfo]:
         size = text_model().vocab_size

@@ -210,7 +210,7 @@ class Deployment:
         self.bus = self.network.bus(Peer("router", "r", 1))
         config = self._router
         program = self.catalog.get(config.strategy).configure(config.strategy_settings)
-        self.versions = Versions(program, lambda: self.catalog)
+        self.versions = Versions(program, self.catalog)
         self.registry = CollectorRegistry()
         self.core = RouterCore(
             config,

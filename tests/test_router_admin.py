@@ -167,8 +167,8 @@ def test_http_lists_sets_and_rolls_back() -> None:
         "unknown field 'strategy'; there are: name, settings, model, share, dry_run",
     )
     status, found = asked(core, "POST", "/admin/strategies/rollback", {"model": "demo"})
-    assert (status, found["active"][0]["model"], len(core.versions.show().active)) == (200, "demo", 1)
-    assert len(core.versions.show().history) == 3
+    assert (status, found["active"][0]["model"], len(asyncio.run(core.versions.show()).active)) == (200, "demo", 1)
+    assert len(asyncio.run(core.versions.show()).history) == 3
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_http_refuses_in_the_shape_that_clients_know(
     core = FakeCore()
     got, answer = asked(core, method, path, body)
     assert (got, answer["error"]["param"]) == (status, param)
-    assert len(core.versions.show().history) == 1
+    assert len(asyncio.run(core.versions.show()).history) == 1
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"name": 1}', b'{"name": "data_parallel", "nonsense": 1}', b"{}"])

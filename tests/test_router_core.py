@@ -256,7 +256,7 @@ def test_a_changed_program_serves_the_next_request() -> None:
             await world.add("a")
             old = world.generate()
             program = world.core.versions.default
-            world.core.versions = Versions(Program(program.strategy, {}, "data_parallel@new"), Catalog.built_in)
+            world.core.versions = Versions(Program(program.strategy, {}, "data_parallel@new"), Catalog.built_in())
             new = world.generate()
             assert old.strategy_version != new.strategy_version == "data_parallel@new"
             old.cancel()

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from tests.router_support import folder_with_tokenizer
 
-from microserve.router.daemon import bind_http, load_program, main, serve, url_of
+from microserve.router.daemon import bind_http, load_versions, main, serve, url_of
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.config import RouterConfig
 from microserve.runtime.errors import ConfigError
@@ -230,11 +230,11 @@ def test_urls() -> None:
 
 
 def test_wrong_settings_of_the_strategy_stop_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    assert load_program(RouterConfig()).strategy.name == "data_parallel"
+    assert load_versions(RouterConfig()).default.strategy.name == "data_parallel"
     with pytest.raises(ConfigError, match="no strategy 'data_paralell'; did you mean 'data_parallel'"):
-        load_program(RouterConfig(strategy="data_paralell"))
+        load_versions(RouterConfig(strategy="data_paralell"))
     with pytest.raises(ConfigError, match="strategy_settings: strategy 'data_parallel' has no setting 'ratio'"):
-        load_program(RouterConfig(strategy_settings={"ratio": 0.1}))
+        load_versions(RouterConfig(strategy_settings={"ratio": 0.1}))
     assert main(["--strategy", "nothing"]) == 2
     assert "no strategy 'nothing'" in capsys.readouterr().err
 
@@ -246,7 +246,7 @@ def test_a_strategy_from_the_configured_folder(tmp_path: Path, caplog: pytest.Lo
     )
     (tmp_path / "broken.py").write_text("x = = 1\n")
     config = RouterConfig(strategy="mine", strategy_settings={"ratio": 0.5}, strategy_folder=str(tmp_path))
-    program = load_program(config)
+    program = load_versions(config).default
     assert (program.strategy.name, program.settings) == ("mine", {"ratio": 0.5})
     (record,) = [record for record in caplog.records if record.getMessage() == "strategy cannot be used"]
     assert record.fields["problem"] == f"{tmp_path}/broken.py:1: SyntaxError: invalid syntax"  # type: ignore[attr-defined]

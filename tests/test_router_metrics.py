@@ -65,7 +65,7 @@ def test_figures_by_version() -> None:
             await engine.fail(Busy("full"), call=1)
             generations[2].cancel()
             await world.settle()
-            [figures] = world.core.strategies().figures
+            [figures] = (await world.core.strategies()).figures
             assert (figures.model, figures.version) == ("m", generations[0].strategy_version)
             assert (figures.requests, figures.errors, figures.output_tokens) == (3, 1, 3)
             assert figures.ttft_mean == pytest.approx(0.2)
@@ -85,7 +85,7 @@ def test_versions_of_the_past_are_counted_together_and_those_in_use_are_not() ->
             await world.settle()
             await engine.tokens(7, call=0)
             for turn in range(1, 41):
-                world.core.versions.set("prefill_decode", {"min_remote": turn})
+                await world.core.versions.set("prefill_decode", {"min_remote": turn})
                 generation = world.generate(request_id=f"q{turn}")
                 await world.settle()
                 generation.cancel()
@@ -93,7 +93,7 @@ def test_versions_of_the_past_are_counted_together_and_those_in_use_are_not() ->
             await asyncio.sleep(0.3)
             await engine.finish(8, call=0)
             await world.settle()
-            figures = {each.version: each for each in world.core.strategies().figures}
+            figures = {each.version: each for each in (await world.core.strategies()).figures}
             assert len(figures) <= 18
             assert figures[first.strategy_version].requests == 1
             assert figures[first.strategy_version].output_tokens == 2
@@ -188,7 +188,7 @@ def test_shares_events_and_the_wait_for_a_place() -> None:
             labels = {"model": "m", "strategy": generation.strategy_version}
             assert world.metric("queue_seconds_count", **labels) == 1
             assert world.metric("strategy_share", model="*", strategy=generation.strategy_version) == 1
-            world.core.versions.set("prefill_decode", {"min_remote": 0}, share=0.25)
+            await world.core.versions.set("prefill_decode", {"min_remote": 0}, share=0.25)
             shares = [
                 world.metric("strategy_share", model="*", strategy=each.version)
                 for each in world.core.versions.serving()

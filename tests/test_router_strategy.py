@@ -1,37 +1,21 @@
-"""What is a strategy, its settings and versions, and where strategies are found."""
+"""What is a strategy, its settings and versions."""
 
 from __future__ import annotations
 
 import math
 import re
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pytest
 
-from microserve.router.strategies.catalog import BUILT_IN, Problem, StrategyFolder, load_catalog, load_file
-from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategies.catalog import load_catalog
 from microserve.router.strategy import Between, Chunk, Fleet, Request, Strategy, strategy
 from microserve.runtime.errors import ConfigError, InvalidRequest
 from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
-
-GOOD = '''
-from microserve import strategy
-
-@strategy
-async def mine(request, fleet, *, ratio: float = 0.2):
-    """One line.
-
-    More.
-    """
-    async for chunk in fleet.pick().start_generate():
-        yield chunk
-'''
 
 
 @strategy
@@ -214,133 +198,3 @@ def test_page_aligned_refuses_what_is_no_fraction(fraction: float) -> None:
     request = Request(id="q", model="m", prompt=np.zeros(4, np.int32), sampling=SamplingParams())
     with pytest.raises(InvalidRequest):
         request.page_aligned(fraction)
-
-
-# --- the catalog ---------------------------------------------------------------------------------------------------
-
-
-def test_the_built_in_strategies_are_there() -> None:
-    catalog = load_catalog(entry_points=())
-    assert catalog.problems == ()
-    assert catalog.get("data_parallel") is data_parallel
-    assert set(catalog.strategies) == {each.name for each in BUILT_IN}
-
-
-def test_an_unknown_strategy_says_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="no strategy 'data_paralel'; did you mean 'data_parallel'"):
-        load_catalog(entry_points=()).get("data_paralel")
-
-
-def test_a_folder_of_files_is_loaded_and_broken_ones_are_told_with_their_line(tmp_path: Path) -> None:
-    (tmp_path / "good.py").write_text(GOOD)
-    (tmp_path / "_private.py").write_text("raise RuntimeError")
-    (tmp_path / "syntax.py").write_text("x = 1\ny = = 2\n")
-    (tmp_path / "raises.py").write_text("import os\n\n\ndef f():\n    raise KeyError('k')\n\n\nf()\n")
-    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(4)\n")
-    (tmp_path / "empty.py").write_text("from microserve.router.strategies.data_parallel import data_parallel\n")
-    (tmp_path / "wrong.py").write_text("from microserve import strategy\n@strategy\ndef f(request, fleet):\n    pass\n")
-    catalog = load_catalog(tmp_path, entry_points=())
-    assert set(catalog.strategies) == {each.name for each in BUILT_IN} | {"mine"}
-    assert catalog.get("mine").summary == "One line."
-    assert catalog.get("mine").source == GOOD
-    told = {problem.source.rsplit("/", 1)[-1]: (problem.line, problem.message) for problem in catalog.problems}
-    assert told == {
-        "syntax.py": (2, "SyntaxError: invalid syntax"),
-        "raises.py": (5, "KeyError: 'k'"),
-        "leaves.py": (2, "it calls exit(4)"),
-        "empty.py": (0, "it defines no strategy (an async generator function under @strategy)"),
-        "wrong.py": (
-            2,
-            "f is not a strategy: it must be an async generator function (async def, with yield)",
-        ),
-    }
-    with pytest.raises(ConfigError, match=r"^no strategy 'raises' \(.*raises\.py:5: KeyError.*\); there are: "):
-        catalog.get("raises")
-
-
-def test_a_strategy_that_replaces_another_is_told(tmp_path: Path) -> None:
-    for file in ("first.py", "second.py"):
-        (tmp_path / file).write_text(GOOD)
-    (tmp_path / "third.py").write_text(GOOD.replace("def mine", "def balanced"))
-    catalog = load_catalog(tmp_path, entry_points=())
-    assert catalog.sources["mine"] == f"{tmp_path}/second.py"
-    assert catalog.sources["balanced"] == f"{tmp_path}/third.py"
-    assert [str(problem) for problem in catalog.problems] == [
-        f"{tmp_path}/first.py: 'mine' is replaced by the one of {tmp_path}/second.py",
-        f"built in: 'balanced' is replaced by the one of {tmp_path}/third.py",
-    ]
-
-
-@pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit", "asyncio.CancelledError", "BaseException"])
-def test_a_file_may_raise_anything(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "odd.py"
-    path.write_text(f"import asyncio\n\nraise {name}('x')\n")
-    problem = load_file(path)
-    assert isinstance(problem, Problem)
-    assert (problem.line, problem.message) == (3, f"{name.rpartition('.')[2]}: x")
-
-
-def test_a_file_that_does_not_end_is_told_with_its_line(tmp_path: Path) -> None:
-    path, release = tmp_path / "stuck.py", tmp_path / "release"
-    path.write_text(
-        "import pathlib, time\n\n\ndef wait():\n"
-        f"    while not pathlib.Path({str(release)!r}).exists():\n        time.sleep(0.01)\n\n\nwait()\n"
-    )
-    problem = load_file(path, limit=0.2)
-    # The thread that was left behind must not outlive the test.
-    release.touch()
-    assert isinstance(problem, Problem)
-    assert problem.message == "it does not finish within 0.2 s"
-    assert problem.line in (5, 6)
-
-
-def test_files_of_a_folder_are_run_when_they_change_and_not_when_somebody_looks(tmp_path: Path) -> None:
-    count, path = tmp_path / "count", tmp_path / "mine.py"
-    note = f"with open({str(count)!r}, 'a') as file:\n    file.write('x')\n"
-    path.write_text(GOOD + note)
-    folder = StrategyFolder(tmp_path)
-    for _ in range(3):
-        catalog = load_catalog(folder, entry_points=())
-        assert "mine" in catalog.strategies
-    assert count.read_text() == "x"
-    path.write_text(GOOD + note + "MORE = 1\n")
-    load_catalog(folder, entry_points=())
-    assert count.read_text() == "xx"
-    path.unlink()
-    assert "mine" not in load_catalog(folder, entry_points=()).strategies
-
-
-def test_a_changed_file_is_another_version(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(GOOD)
-    before = load_file(path)
-    path.write_text(GOOD + "\nHELPER = 1\n")
-    after = load_file(path)
-    assert isinstance(before, list)
-    assert isinstance(after, list)
-    assert before[0].configure().version != after[0].configure().version
-    assert before[0].function is not after[0].function
-
-
-def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere is not a folder"):
-        load_catalog(tmp_path / "nowhere", entry_points=())
-
-
-def test_entry_points_are_loaded_and_broken_ones_are_told() -> None:
-    group = "microserve.strategies"
-    catalog = load_catalog(
-        entry_points=[
-            EntryPoint("dp", "microserve.router.strategies.data_parallel:data_parallel", group),
-            EntryPoint("gone", "microserve.no_such_module:x", group),
-            EntryPoint("odd", "microserve.router.strategy:Chunk", group),
-        ],
-        built_in=(),
-    )
-    assert set(catalog.strategies) == {"data_parallel"}
-    assert [str(problem) for problem in catalog.problems] == [
-        "entry point gone = microserve.no_such_module:x: ModuleNotFoundError: No module named "
-        "'microserve.no_such_module'",
-        "entry point odd = microserve.router.strategy:Chunk: it is not a strategy (an async generator function under "
-        "@strategy)",
-    ]

@@ -419,7 +419,7 @@ def test_a_program_that_runs_again_is_the_one_that_began() -> None:
     async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
         generation = await start(world)
         version = generation.strategy_version
-        world.core.versions.set("data_parallel", {})
+        await world.core.versions.set("data_parallel", {})
         p.grant_always()
         q.grant_always()
         await d.die()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from microserve.router.strategies.catalog import Catalog, load_catalog
+from microserve.router.strategies.catalog import Catalog, Sources
 from microserve.router.strategies.data_parallel import data_parallel
 from microserve.router.versions import Versions
 from microserve.runtime.errors import InvalidRequest, ModelNotFound, NotFound
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from microserve.runtime.messages import ActiveStrategy, Strategies
 
 PROGRAM = """
 from microserve.router.strategy import strategy
@@ -37,10 +40,18 @@ def versions(folder: Path, **options: Any) -> Versions:
     clock = iter(range(1, 1000))
     return Versions(
         data_parallel.configure(),
-        lambda: load_catalog(folder, entry_points=()),
+        Sources(folder, entry_points=()),
         now=lambda: float(next(clock)),
         **options,
     )
+
+
+def put(found: Versions, name: str, settings: dict[str, object], **options: Any) -> list[ActiveStrategy]:
+    return asyncio.run(found.set(name, settings, **options))
+
+
+def shown(found: Versions) -> Strategies:
+    return asyncio.run(found.show())
 
 
 def serving(found: Versions, model: str = "m", count: int = 2000) -> dict[str, float]:
@@ -53,47 +64,47 @@ def test_the_configured_strategy_serves_first(folder: Path) -> None:
     found = versions(folder)
     assert serving(found) == {"data_parallel": 1.0}
     assert found.default.strategy.name == "data_parallel"
-    assert [(each.model, each.name, each.share) for each in found.show().active] == [("", "data_parallel", 1.0)]
+    assert [(each.model, each.name, each.share) for each in shown(found).active] == [("", "data_parallel", 1.0)]
 
 
 def test_models_have_names_and_are_not_too_many(folder: Path) -> None:
     found = versions(folder)
     for name in ("*", "two\nlines"):
         with pytest.raises(InvalidRequest, match="is no name of a model"):
-            found.set("data_parallel", {}, model=name)
+            put(found, "data_parallel", {}, model=name)
     for number in range(255):
-        found.set("data_parallel", {}, model=f"m{number}")
+        put(found, "data_parallel", {}, model=f"m{number}")
     with pytest.raises(InvalidRequest, match="256 models have strategies of their own"):
-        found.set("data_parallel", {}, model="one more")
-    found.set("prefill_decode", {}, model="m254")
-    found.set("prefill_decode", {})
+        put(found, "data_parallel", {}, model="one more")
+    put(found, "prefill_decode", {}, model="m254")
+    put(found, "prefill_decode", {})
 
 
 def test_what_serves_is_shown_though_its_file_is_broken_now(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {"ratio": 0.3})
+    put(found, "mine", {"ratio": 0.3})
     (folder / "mine.py").write_text("x = = 1")
-    shown = {each.name: each.source for each in found.show().strategies}
-    assert shown["mine"] == "as it was; not found any more"
-    assert shown["data_parallel"] == "built in"
+    sources = {each.name: each.source for each in shown(found).strategies}
+    assert sources["mine"] == "as it was; not found any more"
+    assert sources["data_parallel"] == "built in"
 
 
 def test_a_model_that_no_engine_serves_is_a_slip_of_the_pen(folder: Path) -> None:
     found = versions(folder)
-    found.set("data_parallel", {}, model="early")
+    put(found, "data_parallel", {}, model="early")
     found.models = lambda: {"b", "a"}
     with pytest.raises(ModelNotFound, match="no engine serves model 'aa'; there is: a, b"):
-        found.set("data_parallel", {}, model="aa")
-    assert [each.model for each in found.set("data_parallel", {}, model="a")] == ["a"]
-    assert [each.model for each in found.set("prefill_decode", {}, model="early")] == ["early"], "set before they came"
-    found.set("prefill_decode", {})
+        put(found, "data_parallel", {}, model="aa")
+    assert [each.model for each in put(found, "data_parallel", {}, model="a")] == ["a"]
+    assert [each.model for each in put(found, "prefill_decode", {}, model="early")] == ["early"], "set before they came"
+    put(found, "prefill_decode", {})
 
 
 def test_a_change_serves_every_model_without_its_own(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {"ratio": 0.25})
+    put(found, "mine", {"ratio": 0.25})
     assert serving(found, "a") == serving(found, "b") == {"mine": 1.0}
-    found.set("data_parallel", {}, model="a")
+    put(found, "data_parallel", {}, model="a")
     assert serving(found, "a") == {"data_parallel": 1.0}
     assert serving(found, "b") == {"mine": 1.0}
 
@@ -101,25 +112,25 @@ def test_a_change_serves_every_model_without_its_own(folder: Path) -> None:
 def test_a_share_of_the_traffic_goes_to_the_newcomer_and_the_same_request_always_the_same_way(folder: Path) -> None:
     found, other = versions(folder), versions(folder)
     for each in (found, other):
-        each.set("mine", {}, share=0.2)
+        put(each, "mine", {}, share=0.2)
     shares = serving(found)
     assert shares["mine"] == pytest.approx(0.2, abs=0.03)
     assert shares["data_parallel"] == pytest.approx(0.8, abs=0.03)
     for number in range(200):
         name = f"req-{number}"
         assert found.choose("m", name).version == other.choose("m", name).version
-    found.set("mine", {"ratio": 0.1}, share=0.5)  # the newcomer is replaced; the base stays
+    put(found, "mine", {"ratio": 0.1}, share=0.5)  # the newcomer is replaced; the base stays
     assert set(serving(found)) == {"mine", "data_parallel"}
-    found.set("mine", {})
+    put(found, "mine", {})
     assert serving(found) == {"mine": 1.0}
 
 
 def test_a_dry_run_validates_and_changes_nothing(folder: Path) -> None:
     found = versions(folder)
-    (would,) = found.set("mine", {"ratio": "0.75"}, dry_run=True)
+    (would,) = put(found, "mine", {"ratio": "0.75"}, dry_run=True)
     assert (would.name, would.settings, would.share) == ("mine", {"ratio": 0.75, "label": "x"}, 1.0)
     assert serving(found) == {"data_parallel": 1.0}
-    assert len(found.show().history) == 1
+    assert len(shown(found).history) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,75 +149,75 @@ def test_what_is_wrong_changes_nothing(
 ) -> None:
     found = versions(folder)
     with pytest.raises(InvalidRequest, match=why):
-        found.set(name, settings, share=share)
+        put(found, name, settings, share=share)
     assert serving(found) == {"data_parallel": 1.0}
-    assert len(found.show().history) == 1
+    assert len(shown(found).history) == 1
 
 
 def test_roll_back_goes_back_change_by_change(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {"ratio": 0.1})
-    found.set("mine", {"ratio": 0.2}, share=0.5)
-    found.set("mine", {"ratio": 0.3})
+    put(found, "mine", {"ratio": 0.1})
+    put(found, "mine", {"ratio": 0.2}, share=0.5)
+    put(found, "mine", {"ratio": 0.3})
     assert [each.settings.get("ratio") for each in found.roll_back()] == [0.1, 0.2]
     assert [each.settings.get("ratio") for each in found.roll_back()] == [0.1]
     assert [each.name for each in found.roll_back()] == ["data_parallel"]
     with pytest.raises(NotFound, match="nothing was changed"):
         found.roll_back()
-    reasons = [change.reason for change in found.show().history]
+    reasons = [change.reason for change in shown(found).history]
     assert reasons[:3] == ["rolled back change 2", "rolled back change 3", "rolled back change 4"]
 
 
 def test_roll_back_to_before_a_change(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {"ratio": 0.1})
-    found.set("mine", {"ratio": 0.2})
-    found.set("mine", {"ratio": 0.3}, model="other")
+    put(found, "mine", {"ratio": 0.1})
+    put(found, "mine", {"ratio": 0.2})
+    put(found, "mine", {"ratio": 0.3}, model="other")
     with pytest.raises(NotFound):
         found.roll_back(number=4)  # another model's
     assert [each.name for each in found.roll_back(number=2)] == ["data_parallel"]
     assert [each.name for each in found.roll_back(model="other")] == ["data_parallel"]
-    assert found.show().active[0].model == ""
-    assert len(found.show().active) == 1
+    assert shown(found).active[0].model == ""
+    assert len(shown(found).active) == 1
 
 
 def test_a_file_is_read_again_when_it_is_set_and_not_before(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {})
+    put(found, "mine", {})
     before = found.default
     (folder / "mine.py").write_text(PROGRAM.replace("Mine.", "Mine, better."))
     assert found.choose("m", "r").version == before.version
-    found.set("mine", {})
+    put(found, "mine", {})
     assert found.default.version != before.version
     assert found.default.strategy.summary == "Mine, better."
 
 
 def test_a_broken_file_is_told_with_its_line_and_takes_nothing_down(folder: Path) -> None:
     found = versions(folder)
-    found.set("mine", {})
+    put(found, "mine", {})
     (folder / "mine.py").write_text("x = 1\nthis is no python\n")
     with pytest.raises(InvalidRequest, match=r"mine\.py:2: SyntaxError"):
-        found.set("mine", {})
+        put(found, "mine", {})
     assert serving(found) == {"mine": 1.0}
-    (problem,) = found.show().problems
+    (problem,) = shown(found).problems
     assert problem.startswith(f"{folder / 'mine.py'}:2: SyntaxError")
 
 
 def test_versions_are_equal_on_two_routers(folder: Path) -> None:
     found, other = versions(folder), versions(folder)
-    assert found.set("mine", {"ratio": 0.3})[0].version == other.set("mine", {"ratio": "0.3"})[0].version
-    assert found.set("mine", {"ratio": 0.4})[0].version != other.default.version
+    assert put(found, "mine", {"ratio": 0.3})[0].version == put(other, "mine", {"ratio": "0.3"})[0].version
+    assert put(found, "mine", {"ratio": 0.4})[0].version != other.default.version
 
 
 def test_what_was_set_survives_a_restart(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "state" / "strategies.json"
     found = versions(folder, store=store)
-    found.set("mine", {"ratio": 0.1})
-    found.set("data_parallel", {}, model="a", share=0.25)
+    put(found, "mine", {"ratio": 0.1})
+    put(found, "data_parallel", {}, model="a", share=0.25)
     again = versions(folder, store=store)
-    assert again.show().active == found.show().active
+    assert shown(again).active == shown(found).active
     found.roll_back(model="a")
-    assert [each.model for each in versions(folder, store=store).show().active] == [""]
+    assert [each.model for each in shown(versions(folder, store=store)).active] == [""]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", '{"format": 7, "active": []}', '{"format": 1}', "[]"])
@@ -219,7 +230,7 @@ def test_a_store_that_makes_no_sense_is_left_aside(folder: Path, tmp_path: Path,
 def test_a_strategy_that_is_gone_is_left_aside(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "strategies.json"
     found = versions(folder, store=store)
-    found.set("mine", {})
+    put(found, "mine", {})
     (folder / "mine.py").unlink()
     assert serving(versions(folder, store=store)) == {"data_parallel": 1.0}
 
@@ -227,12 +238,12 @@ def test_a_strategy_that_is_gone_is_left_aside(folder: Path, tmp_path: Path) -> 
 def test_a_store_that_cannot_be_written_does_not_stop_the_change(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = versions(folder, store=tmp_path / "file" / "strategies.json")
-    found.set("mine", {})
+    put(found, "mine", {})
     assert serving(found) == {"mine": 1.0}
 
 
 def test_the_list_has_sources_settings_and_summaries() -> None:
-    found = Versions(data_parallel.configure(), Catalog.built_in).show()
+    found = shown(Versions(data_parallel.configure(), Catalog.built_in()))
     entry = next(each for each in found.strategies if each.name == "data_parallel")
     assert entry.source == "built in"
     assert entry.summary

@@ -14,7 +14,7 @@ from tests.simulation import ROUTER, Deployment
 from tests.soak import FOLDER, Soak
 from tests.virtual_time import run_virtual
 
-from microserve.router.strategies.catalog import load_file
+from microserve.router.strategies.files import run_file
 from microserve.runtime.config import FakeConfig
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.zmq_bus import ZmqBus
@@ -25,7 +25,8 @@ COUNT = 1000
 @pytest.mark.parametrize("pages", [128, 512], ids=["short of pages", "pages enough"])
 def test_a_thousand_requests_in_virtual_time(pages: int) -> None:
     """With engines that check every page they read."""
-    strategies = load_file(FOLDER / "soak.py")
+    file = FOLDER / "soak.py"
+    strategies = run_file(file, file.read_text())
     assert isinstance(strategies, list)
 
     async def main() -> None:

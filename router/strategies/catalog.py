@@ -5,51 +5,52 @@ A file that cannot be used is a `Problem` with its line; the others load all the
 
 from __future__ import annotations
 
+import asyncio
 import difflib
-import re
-import sys
-import threading
-import traceback
-import types
-from dataclasses import dataclass, field, replace
+import math
+import stat
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from microserve.router.strategies.balanced import balanced
 from microserve.router.strategies.cache_aware import cache_aware
 from microserve.router.strategies.context_migration import context_migration
 from microserve.router.strategies.data_parallel import data_parallel
+from microserve.router.strategies.files import LOAD_LIMIT, Problem, described, load_file
 from microserve.router.strategies.prefill_decode import prefill_decode
+from microserve.router.strategies.trial import NoTrial, try_files
 from microserve.router.strategy import Strategy
+from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import ConfigError
+from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from microserve.runtime.clock import Clock
+
 ENTRY_POINTS = "microserve.strategies"
 
-LOAD_LIMIT = 2.0
-"""Seconds that a file may take to define its strategies."""
+LOOK_LIMIT = 5.0
+"""Seconds that the files of a folder may take together in the router, when somebody waits for the list."""
 
 BUILT_IN: tuple[Strategy, ...] = (data_parallel, cache_aware, prefill_decode, balanced, context_migration)
 
+_log = get_logger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a source of strategies could not be used. `line` is 0 where it is not known."""
 
-    source: str
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.message}" if self.line else f"{self.source}: {self.message}"
+_Stamp = tuple[int, int, int]
+"""Of a file: when it was written, its size, its inode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The strategies that can be chosen, by name, and what was wrong with those that cannot."""
+    """The strategies that can be chosen, by name, and what was wrong with those that cannot.
+
+    It can stand where `Sources` are expected: those of what never changes.
+    """
 
     strategies: Mapping[str, Strategy]
     problems: tuple[Problem, ...] = ()
@@ -60,6 +61,14 @@ class Catalog:
     def built_in(cls) -> Catalog:
         """What comes with microserve, alone."""
         return load_catalog(None, entry_points=())
+
+    def load(self) -> Self:
+        """As `Sources.load`."""
+        return self
+
+    async def read(self) -> Self:
+        """As `Sources.read`."""
+        return self
 
     def get(self, name: str) -> Strategy:
         """The strategy `name`. Raises `ConfigError` that says which there are, and what failed to load."""
@@ -78,10 +87,11 @@ def load_catalog(
     *,
     built_in: Iterable[Strategy] = BUILT_IN,
     entry_points: Iterable[metadata.EntryPoint] | None = None,
+    patience: float = math.inf,
 ) -> Catalog:
     """Everything that can be found now. Later sources replace earlier ones of the same name, which is told as a
-    problem of the earlier: folder over entry point over built in, file over file by name. Raises `ConfigError` only
-    when `folder` itself cannot be read."""
+    problem of the earlier: folder over entry point over built in, file over file by name. `patience` is as
+    `StrategyFolder.load` has it. Raises `ConfigError` only when `folder` itself cannot be read."""
     strategies = {each.name: each for each in built_in}
     sources = dict.fromkeys(strategies, "built in")
     problems: list[Problem] = []
@@ -99,7 +109,7 @@ def load_catalog(
             add(found, f"entry point {point.value}")
     if folder is not None:
         files = folder if isinstance(folder, StrategyFolder) else StrategyFolder(folder)
-        for path, loaded in files.load():
+        for path, loaded in files.load(patience):
             if isinstance(loaded, Problem):
                 problems.append(loaded)
             else:
@@ -108,16 +118,76 @@ def load_catalog(
     return Catalog(strategies, tuple(problems), sources)
 
 
+class Sources:
+    """Where a router finds strategies: what is built in, entry points, and a folder or none."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        built_in: Iterable[Strategy] = BUILT_IN,
+        entry_points: Iterable[metadata.EntryPoint] | None = None,
+    ) -> None:
+        self._folder = None if folder is None else StrategyFolder(folder)
+        self._built_in = tuple(built_in)
+        self._entry_points = None if entry_points is None else tuple(entry_points)
+        self._reading: asyncio.Future[Catalog] | None = None
+
+    def load(self) -> Catalog:
+        """What can be found now, however long it takes: not on an event loop that serves. Raises `ConfigError`."""
+        return self._load(math.inf)
+
+    async def read(self) -> Catalog:
+        """What can be found now, read in a thread, by one at a time. Raises `ConfigError`."""
+        while self._reading is not None:
+            # It may have looked at a file before the change that this one is about.
+            await asyncio.wait([self._reading])
+        reading = asyncio.get_running_loop().run_in_executor(None, self._load, LOOK_LIMIT)
+        self._reading = reading
+        reading.add_done_callback(self._was_read)
+        # Whoever asked may leave; the next one must wait for this thread all the same.
+        return await asyncio.shield(reading)
+
+    def _was_read(self, _reading: asyncio.Future[Catalog]) -> None:
+        self._reading = None
+
+    def _load(self, patience: float) -> Catalog:
+        return load_catalog(self._folder, built_in=self._built_in, entry_points=self._entry_points, patience=patience)
+
+
 class StrategyFolder:
-    """A folder of Python files, each run once for each time that it changes: who looks at the list often must not pay
-    for what the files do, nor the requests that run meanwhile."""
+    """A folder of Python files, each read once for each time that it changes: who looks at the list often must not pay
+    for what the files do, nor the requests that run meanwhile. By one thread at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, limit: float = LOAD_LIMIT, clock: Clock = monotonic) -> None:
+        """`limit`: seconds for each file."""
         self._path = path
-        self._loaded: dict[Path, tuple[tuple[int, int, int], list[Strategy] | Problem]] = {}
+        self._limit = limit
+        self._clock = clock
+        self._loaded: dict[Path, tuple[_Stamp, list[Strategy] | Problem]] = {}
 
-    def load(self) -> list[tuple[Path, list[Strategy] | Problem]]:
-        """What every file defines, or what is wrong with it. Raises `ConfigError` when the folder cannot be read."""
+    def load(self, patience: float = math.inf) -> list[tuple[Path, list[Strategy] | Problem]]:
+        """What every file defines, or what is wrong with it. Raises `ConfigError` when the folder cannot be read.
+
+        A file that has changed is tried in a process of its own, together with the others that have. Only if it ends
+        well there, it is run here. Once that has taken `patience` seconds, the rest is left for the next time.
+        """
+        stamps = self._stamps()
+        found = {
+            path: known for path, stamp in stamps.items() if (known := self._loaded.get(path)) and known[0] == stamp
+        }
+        texts: dict[Path, str] = {}
+        for path in stamps.keys() - found.keys():
+            try:
+                texts[path] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                found[path] = stamps[path], Problem(str(path), 0, described(error))
+        self._loaded = found
+        late = self._run(texts, stamps, patience)
+        return [(path, late[path] if path in late else self._loaded[path][1]) for path in stamps]
+
+    def _stamps(self) -> dict[Path, _Stamp]:
+        """The files, by name, and what tells whether they are as they were."""
         if not self._path.is_dir():
             raise ConfigError(f"strategy folder {self._path} is not a folder")
         found = {}
@@ -125,55 +195,30 @@ class StrategyFolder:
             if path.name.startswith("_"):
                 continue
             try:
-                stat = path.stat()
+                seen = path.stat()
             except OSError:
                 continue  # it has gone since it was listed
-            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            known = self._loaded.get(path)
-            found[path] = known if known is not None and known[0] == stamp else (stamp, load_file(path))
-        self._loaded = found
-        return [(path, loaded) for path, (_, loaded) in found.items()]
+            if stat.S_ISREG(seen.st_mode):  # reading a pipe would wait for ever
+                found[path] = (seen.st_mtime_ns, seen.st_size, seen.st_ino)
+        return found
 
-
-def load_file(path: Path, *, limit: float = LOAD_LIMIT) -> list[Strategy] | Problem:
-    """The strategies that a Python file defines (at least one), or what is wrong with it: also that it does not finish
-    within `limit` seconds.
-
-    The file is run in a module of its own, so that a changed file can be loaded again beside the old version.
-    """
-    name = f"microserve_strategy_{path.stem}"
-    module = types.ModuleType(name)
-    module.__file__ = str(path)
-    raised: list[BaseException] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return Problem(str(path), 0, _describe(error))
-
-    def run() -> None:
+    def _run(self, texts: Mapping[Path, str], stamps: Mapping[Path, _Stamp], patience: float) -> dict[Path, Problem]:
+        """Loads files; the problems of those for which there was no time."""
+        files = sorted(texts.items())
+        tried: list[Problem | None]
         try:
-            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
-        except BaseException as error:  # a user's file may raise anything; it is reported and the router goes on
-            raised.append(error)
-
-    # A thread that nobody has to wait for: a file that never ends is left behind.
-    thread = threading.Thread(target=run, name=f"load {path.name}", daemon=True)
-    thread.start()
-    thread.join(limit)
-    if thread.is_alive():
-        return Problem(str(path), _where(thread, str(path)), f"it does not finish within {limit:g} s")
-    if raised:
-        failure = raised[0]
-        said = f"it calls exit({failure.code!r})" if isinstance(failure, SystemExit) else _describe(failure)
-        line = _line(failure, str(path))
-        # What is wrong with a strategy names its own line already.
-        own_line = re.match(rf"{re.escape(str(path))}:(\d+): ", said)
-        return Problem(str(path), int(own_line[1]) if own_line else line, said[own_line.end() :] if own_line else said)
-    own = [value for value in vars(module).values() if isinstance(value, Strategy) and _defined_in(value, str(path))]
-    if not own:
-        return Problem(str(path), 0, "it defines no strategy (an async generator function under @strategy)")
-    # The whole file is the version's source: a strategy may call helpers that stand beside it.
-    return [replace(each, source=text) for each in own]
+            tried = try_files(files, limit=self._limit)
+        except NoTrial as error:
+            _log.warning("strategy files are run without having been tried in a process of their own", error=error)
+            tried = [None] * len(files)
+        ends, late = self._clock() + patience, {}
+        for (path, text), problem in zip(files, tried, strict=True):
+            if problem is None and self._clock() >= ends:
+                late[path] = Problem(str(path), 0, f"not read yet: others took {patience:g} s; look again")
+            else:
+                loaded = problem if problem is not None else load_file(path, text, limit=self._limit)
+                self._loaded[path] = stamps[path], loaded
+        return late
 
 
 def _from_entry_point(point: metadata.EntryPoint) -> Strategy | Problem:
@@ -181,35 +226,7 @@ def _from_entry_point(point: metadata.EntryPoint) -> Strategy | Problem:
     try:
         value = point.load()
     except BaseException as error:  # somebody else's package may raise anything; the router goes on
-        return Problem(source, 0, _describe(error))
+        return Problem(source, 0, described(error))
     if not isinstance(value, Strategy):
         return Problem(source, 0, "it is not a strategy (an async generator function under @strategy)")
     return value
-
-
-def _defined_in(value: Strategy, path: str) -> bool:
-    code = getattr(value.function, "__code__", None)
-    return code is not None and code.co_filename == path
-
-
-def _where(thread: threading.Thread, path: str) -> int:
-    """The line of the file at which a thread is."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and frame.f_code.co_filename != path:
-        frame = frame.f_back
-    return frame.f_lineno if frame is not None else 0
-
-
-def _line(error: BaseException, path: str) -> int:
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno or 0
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return (frames[-1].lineno or 0) if frames else 0
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, ConfigError):
-        return error.message
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg}"
-    return f"{type(error).__name__}: {error}"
