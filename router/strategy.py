@@ -38,6 +38,7 @@ SettingValue = int | float | str | bool
 StrategyFunction = Callable[..., AsyncIterator["Chunk"]]
 
 _TYPES: dict[str, type[SettingValue]] = {"int": int, "float": float, "str": str, "bool": bool}
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
@@ -277,6 +278,9 @@ class Setting:
         """The value as this setting's type; text is converted. Raises `InvalidRequest` that names the setting."""
         if isinstance(value, str) and self.type is not str:
             value = self._from_text(value)
+        if isinstance(value, int) and not _LOWEST <= value <= _HIGHEST:
+            # Neither messages nor stores can hold it. It is not repeated: it may have thousands of digits.
+            raise InvalidRequest(f"setting '{self.name}' must fit into 64 bits", param=self.name)
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         exact = isinstance(value, self.type) and (self.type is bool or not isinstance(value, bool))

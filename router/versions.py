@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 EVERY = ""
 """The model name that stands for every model without versions of its own."""
 
+LEAST_SHARE = 1e-6
+"""Less of the traffic serves nobody, and tells nothing about a version."""
+
 _HISTORY = 100
 _MOST_MODELS = 256
 """Models with strategies of their own: each is a label of metrics."""
@@ -158,8 +161,10 @@ class Versions:
         return _shown(model, lanes)
 
     def _check(self, model: str, share: float) -> None:
-        if not 0.0 < share <= 1.0:
-            raise InvalidRequest(f"share lies above 0 and at most at 1, not {share}", param="share")
+        if not LEAST_SHARE <= share <= 1.0:
+            raise InvalidRequest(
+                f"share lies between {LEAST_SHARE:g} (one in a million) and 1, not {share}", param="share"
+            )
         if model == "*" or not model.isprintable():
             # Operators see "*" for every model, and lines as lines.
             raise InvalidRequest(f"{model!r} is no name of a model; leave it out for every model", param="model")

@@ -177,6 +177,8 @@ def test_http_lists_sets_and_rolls_back() -> None:
         ("PUT", "/admin/strategies", {"name": "nonsense"}, 400, "name"),
         ("PUT", "/admin/strategies", {"name": "data_parallel", "settings": {"x": 1}}, 400, "x"),
         ("PUT", "/admin/strategies", {"name": "data_parallel", "share": 7}, 400, "share"),
+        ("PUT", "/admin/strategies", {"name": "data_parallel", "share": 1e-320}, 400, "share"),
+        ("PUT", "/admin/strategies", {"name": "prefill_decode", "settings": {"min_remote": 10**26}}, 400, "min_remote"),
         ("POST", "/admin/strategies/rollback", {"number": 99}, 404, "number"),
         ("POST", "/admin/strategies/rollback", {"number": 0}, 400, "number"),
     ],

@@ -139,8 +139,10 @@ def test_a_dry_run_validates_and_changes_nothing(folder: Path) -> None:
         ("mime", {}, 1.0, "did you mean 'mine'"),
         ("mine", {"ratio": "much"}, 1.0, "'ratio' must be a float"),
         ("mine", {"ration": 1.0}, 1.0, "did you mean 'ratio'"),
-        ("mine", {}, 0.0, "share lies above 0"),
-        ("mine", {}, 1.5, "share lies above 0"),
+        ("mine", {}, 0.0, "share lies between 1e-06 [(]one in a million[)] and 1, not"),
+        ("mine", {}, 1e-320, "share lies between 1e-06 [(]one in a million[)] and 1, not 1e-320"),
+        ("mine", {}, 9e-7, "share lies between 1e-06 [(]one in a million[)] and 1, not 9e-07"),
+        ("mine", {}, 1.5, "share lies between 1e-06 [(]one in a million[)] and 1, not"),
         ("data_parallel", {}, 0.5, "serves most of the traffic already"),
     ],
 )
