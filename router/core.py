@@ -73,7 +73,8 @@ _log = get_logger(__name__)
 class GenerationSpec:
     """One choice to generate. `prompt` is int32 [n]; `model` "" means the only (or first) one.
 
-    `timeout` in seconds, at most the router's own; None: the router's.
+    `timeout` in seconds, at most the router's own; None: the router's. `choice_of` is the id of the whole request where
+    that has several choices: one version serves all of them.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class GenerationSpec:
     prompt: TokenArray
     sampling: SamplingParams
     timeout: float | None = None
+    choice_of: str = ""
 
 
 class RouterCore:
@@ -376,7 +378,7 @@ class RouterCore:
         )
         longest = self.config.request_timeout
         timeout = longest if spec.timeout is None else min(spec.timeout, longest)
-        program = self.versions.choose(model.name, spec.request_id)
+        program = self.versions.choose(model.name, spec.choice_of or spec.request_id)
         generation = self._dispatcher.create(request, program, timeout=timeout)
         self._idle.clear()
         if len(self._active) >= self.config.max_active:

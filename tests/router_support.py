@@ -311,12 +311,13 @@ class World:
         return engine
 
     def generate(self, prompt: Sequence[int] = (1, 2, 3), **changes: Any) -> Generation:
-        """Starts a choice; `changes` are `request_id`, `model`, `timeout` and fields of `SamplingParams`."""
+        """Starts a choice; `changes` are fields of `GenerationSpec` and of `SamplingParams`."""
         spec = GenerationSpec(
             request_id=changes.pop("request_id", "q"),
             model=changes.pop("model", "m"),
             prompt=np.asarray(prompt, dtype=np.int32),
             timeout=changes.pop("timeout", None),
+            choice_of=changes.pop("choice_of", ""),
             sampling=SamplingParams(**changes),
         )
         return self.core.generate(spec)

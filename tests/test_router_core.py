@@ -250,6 +250,24 @@ def test_close_ends_what_still_runs_with_one_error() -> None:
     run_virtual(main())
 
 
+def test_one_version_serves_all_choices_of_a_request() -> None:
+    async def main() -> None:
+        async with World() as world:
+            await world.add("a")
+            await world.core.versions.set("prefill_decode", {}, share=0.5)
+            served = []
+            for number in range(20):
+                names = (f"r{number}", *(f"r{number}-{index}" for index in range(1, 5)))
+                generations = [world.generate(request_id=name, choice_of=f"r{number}") for name in names]
+                served.append({generation.strategy_version for generation in generations})
+                for generation in generations:
+                    generation.cancel()
+            assert {len(versions) for versions in served} == {1}
+            assert len(set.union(*served)) == 2
+
+    run_virtual(main())
+
+
 def test_a_changed_program_serves_the_next_request() -> None:
     async def main() -> None:
         async with World() as world:

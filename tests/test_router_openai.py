@@ -59,6 +59,19 @@ def usage(prompt: int, output: int, cached: int = 1) -> dict[str, Any]:
 # --- whole answers
 
 
+def test_the_choices_of_a_request_are_told_as_such() -> None:
+    """One version is chosen for all of them."""
+    core = FakeCore()
+    call = ask(COMPLETIONS, completion(prompt=["hello", "you"], n=2), "a", "b", "c", "d", core=core)
+    name = call.headers["x-request-id"]
+    assert [(each.spec.request_id, each.spec.choice_of) for each in core.generations] == [
+        (name, name),
+        (f"{name}-1", name),
+        (f"{name}-2", name),
+        (f"{name}-3", name),
+    ]
+
+
 def test_a_chat() -> None:
     core = FakeCore()
     call = ask(CHAT, chat(), "Hello", core=core)

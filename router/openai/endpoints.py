@@ -137,7 +137,8 @@ class Endpoints:
                 for number in range(request.n or 1):
                     index = len(choices)
                     name = exchange.request_id if not index else f"{exchange.request_id}-{index}"
-                    spec = GenerationSpec(name, model.name, prompt, _seeded(sampled[at], number))
+                    sampling = _seeded(sampled[at], number)
+                    spec = GenerationSpec(name, model.name, prompt, sampling, choice_of=exchange.request_id)
                     generation = self._core.generate(spec)
                     generations.append(generation)
                     streams.append(
@@ -207,7 +208,7 @@ def _choice(
 
 def _served_by(exchange: Exchange, generations: list[Generation]) -> None:
     """Headers that say which strategy version and which engines served it, as far as that is known by now."""
-    version = generations[0].strategy_version
+    version = generations[0].strategy_version  # as of every other: they were chosen by the request's id, at once
     if _VISIBLE.fullmatch(version):
         exchange.headers.append((b"x-microserve-strategy", version.encode()))
     engines = dict.fromkeys(engine for generation in generations for engine in generation.engine_ids)
