@@ -41,7 +41,7 @@ LEAST_SHARE = 1e-6
 _HISTORY = 100
 _MOST_MODELS = 256
 """Models with strategies of their own: each is a label of metrics."""
-_STORE_FORMAT = 1
+_STORE_FORMAT = 2
 
 _log = get_logger(__name__)
 
@@ -60,11 +60,24 @@ Lanes = tuple[Lane, ...]
 """Of one model; the shares add up to 1. The last one is the newcomer, if there are two."""
 
 
+class Step(msgspec.Struct, frozen=True):
+    """What served a model before a change that was not rolled back."""
+
+    number: int
+    """Of the change."""
+    model: str
+    before: list[ActiveStrategy] | None
+    """None: it had no versions of its own."""
+
+
 class _Stored(msgspec.Struct, forbid_unknown_fields=True):
-    """What is kept across restarts."""
+    """What is kept across restarts. Format 1 had nothing but what serves."""
 
     format: int
     active: list[ActiveStrategy]
+    steps: list[Step] = []
+    history: list[StrategyChange] = []
+    """The newest first."""
 
 
 class Versions:
@@ -86,17 +99,21 @@ class Versions:
         self._store = store
         self._now = now
         self._lanes: dict[str, Lanes] = {EVERY: (Lane(configured, 1.0, now()),)}
-        self._before: list[tuple[int, str, Lanes | None]] = []
-        """What served a model before each change that was not rolled back: (number, model, lanes)."""
+        self._steps: list[Step] = []
+        """In the order of the changes."""
+        self._before: dict[int, Lanes | None] = {}
+        """What the steps go back to, by number. One that cannot be gone back to after a restart has none."""
         self.changed: Callable[[str], None] = lambda told: None
         """Told of every change, in words."""
         self.models: Callable[[], Collection[str]] = tuple
         """The models that there are, as far as is known: none of another name gets versions of its own."""
         self._history: deque[StrategyChange] = deque(maxlen=_HISTORY)
         self._number = 0
-        self._record(EVERY, "configured", quiet=True)
-        if store is not None and store.exists():
-            self._restore(store)
+        stored = _read_store(store) if store is not None and store.exists() else None
+        if stored is None or not stored.history:
+            self._record(EVERY, "configured", quiet=True)
+        if stored is not None:
+            self._restore(stored)
 
     async def read(self) -> Catalog:
         """The sources of strategies as they are now. Raises `ConfigError` when they cannot be read at all."""
@@ -188,10 +205,10 @@ class Versions:
 
     def roll_back(self, *, model: str = EVERY, number: int | None = None) -> list[ActiveStrategy]:
         """Back to what served `model` before its last change, or before change `number`. Raises `NotFound`."""
-        own = [entry for entry in self._before if entry[1] == model]
+        own = [step for step in self._steps if step.model == model]
         if number is not None:
-            own = [entry for entry in own if entry[0] >= number]
-            if not own or own[0][0] != number:
+            own = [step for step in own if step.number >= number]
+            if not own or own[0].number != number:
                 raise NotFound(
                     f"change {number} is none of {_named(model)}, or was rolled back already", param="number"
                 )
@@ -199,14 +216,22 @@ class Versions:
             own = own[-1:]
         else:
             raise NotFound(f"nothing was changed for {_named(model)} that could be rolled back", param="model")
-        lanes = own[0][2]
-        undone = {entry[0] for entry in own}
-        self._before = [entry for entry in self._before if entry[0] not in undone]
+        back = own[0]
+        if back.number not in self._before:
+            was = ", ".join(each.version for each in back.before or ())
+            raise NotFound(
+                f"change {back.number} cannot be rolled back: {was} served before it, and could not be restored when "
+                "this router started; its log says why. An earlier change can be given by its number",
+                param="number",
+            )
+        lanes = self._before[back.number]
+        for step in own:
+            self._forget(step)
         if lanes is None:
             del self._lanes[model]
         else:
             self._lanes[model] = lanes
-        self._record(model, f"rolled back change {own[0][0]}")
+        self._record(model, f"rolled back change {back.number}")
         self._save()
         return _shown(model, self._lanes.get(model) or self._lanes[EVERY])
 
@@ -214,9 +239,15 @@ class Versions:
         before = self._lanes.get(model)
         self._lanes[model] = lanes
         self._record(model, reason)
-        self._before.append((self._number, model, before))
-        del self._before[:-_HISTORY]
+        self._steps.append(Step(self._number, model, None if before is None else _shown(model, before)))
+        self._before[self._number] = before
+        for step in self._steps[:-_HISTORY]:
+            self._forget(step)
         self._save()
+
+    def _forget(self, step: Step) -> None:
+        self._steps.remove(step)
+        self._before.pop(step.number, None)
 
     def _record(self, model: str, reason: str, *, quiet: bool = False) -> None:
         self._number += 1
@@ -251,8 +282,8 @@ class Versions:
     def _save(self) -> None:
         if self._store is None:
             return
-        active = self.serving()
-        data = msgspec.json.format(msgspec.json.encode(_Stored(_STORE_FORMAT, active)), indent=2)
+        stored = _Stored(_STORE_FORMAT, self.serving(), self._steps, list(self._history))
+        data = msgspec.json.format(msgspec.json.encode(stored), indent=2)
         temporary = self._store.with_name(f".{self._store.name}.{os.getpid()}")
         try:
             self._store.parent.mkdir(parents=True, exist_ok=True)
@@ -261,34 +292,76 @@ class Versions:
         except OSError as error:
             _log.error("strategy versions cannot be kept", file=str(self._store), error=error.strerror)
 
-    def _restore(self, store: Path) -> None:
-        """Whatever is wrong with the file, the router starts: what cannot be restored is told."""
-        try:
-            stored = msgspec.json.decode(store.read_bytes(), type=_Stored)
-        except (OSError, msgspec.DecodeError) as error:
-            _log.error("strategy versions cannot be restored", file=str(store), error=error)
-            return
-        if stored.format != _STORE_FORMAT:
-            _log.error("strategy versions are of another format", file=str(store), format=stored.format)
-            return
+    def _restore(self, stored: _Stored) -> None:
+        """Whatever of it cannot be restored, the router starts, and it is told."""
         catalog = self._sources.load()
-        restored: dict[str, list[Lane]] = {}
-        for entry in stored.active:
+        self._history.extend(stored.history[:_HISTORY])
+        self._number = max([self._number, *(change.number for change in stored.history)])
+        self._steps = stored.steps[-_HISTORY:]
+        for step in self._steps:
             try:
-                program = catalog.get(entry.name).configure(entry.settings)
-            except (ConfigError, InvalidRequest) as error:
-                _log.error("a strategy cannot be restored", model=entry.model or "*", was=entry.version, error=error)
-                restored.pop(entry.model, None)
-                continue
-            if program.version != entry.version:
-                _log.warning("a strategy has changed since", was=entry.version, serves=program.version)
-            restored.setdefault(entry.model, []).append(Lane(program, entry.share, entry.since))
-        for model, lanes in restored.items():
-            if abs(sum(lane.share for lane in lanes) - 1.0) > 1e-6:
-                _log.error("shares do not add up; not restored", model=model or "*")
-                continue
-            self._lanes[model] = tuple(lanes)
-            self._record(model, "restored")
+                self._before[step.number] = None if step.before is None else _revived(step.before, catalog)
+            except _Gone as error:
+                _log.warning("a change cannot be rolled back any more", change=step.number, why=error)
+        served: dict[str, list[ActiveStrategy]] = {}
+        for entry in stored.active:
+            served.setdefault(entry.model, []).append(entry)
+        for model, entries in served.items():
+            reason = "restored"
+            try:
+                self._lanes[model] = _revived(entries, catalog, changed=True)
+            except _Gone as error:
+                _log.error("a strategy cannot be restored", model=model or "*", why=error)
+                reason = "could not be restored"
+            if not self._is_told(model):
+                self._record(model, reason)
+        _log.info("strategies restored", models=len(self._lanes), changes_that_can_be_rolled_back=len(self._before))
+
+    def _is_told(self, model: str) -> bool:
+        """Whether the history's last entry for a model says what serves: a restart that changes nothing adds none."""
+        last = next((change.active for change in self._history if change.model == model), None)
+        now = _shown(model, self._lanes.get(model) or self._lanes[EVERY])
+        return last is not None and [(each.version, each.share) for each in last] == [
+            (each.version, each.share) for each in now
+        ]
+
+
+class _Gone(Exception):
+    """What served once can be had no more."""
+
+
+def _revived(entries: list[ActiveStrategy], catalog: Catalog, *, changed: bool = False) -> Lanes:
+    """The lanes that were kept as `entries`. `changed`: with programs that have changed since, if need be.
+
+    Raises `_Gone`.
+    """
+    lanes = []
+    for entry in entries:
+        try:
+            program = catalog.get(entry.name).configure(entry.settings)
+        except (ConfigError, InvalidRequest) as error:
+            raise _Gone(f"{entry.version}: {error.message}") from error
+        if program.version != entry.version:
+            if not changed:
+                raise _Gone(f"{entry.version} has changed since, and is {program.version} now")
+            _log.warning("a strategy has changed since", was=entry.version, serves=program.version)
+        lanes.append(Lane(program, entry.share, entry.since))
+    if abs(sum(lane.share for lane in lanes) - 1.0) > 1e-6:
+        raise _Gone(f"shares that do not add up: {', '.join(f'{each.version} {each.share:g}' for each in entries)}")
+    return tuple(lanes)
+
+
+def _read_store(store: Path) -> _Stored | None:
+    """What was kept; None, which is told, where it makes no sense."""
+    try:
+        stored = msgspec.json.decode(store.read_bytes(), type=_Stored)
+    except (OSError, msgspec.DecodeError) as error:
+        _log.error("strategy versions cannot be restored", file=str(store), error=error)
+        return None
+    if stored.format not in (1, _STORE_FORMAT):
+        _log.error("strategy versions are of another format", file=str(store), format=stored.format)
+        return None
+    return stored
 
 
 def _shown(model: str, lanes: Lanes) -> list[ActiveStrategy]:

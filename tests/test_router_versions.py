@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -220,6 +221,116 @@ def test_what_was_set_survives_a_restart(folder: Path, tmp_path: Path) -> None:
     assert shown(again).active == shown(found).active
     found.roll_back(model="a")
     assert [each.model for each in shown(versions(folder, store=store)).active] == [""]
+
+
+def test_history_and_the_way_back_survive_restarts(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "strategies.json"
+    found = versions(folder, store=store)
+    put(found, "mine", {"ratio": 0.1})
+    put(found, "mine", {"ratio": 0.2}, share=0.5)
+    put(found, "mine", {"ratio": 0.3}, model="a")
+    put(found, "mine", {"ratio": 0.4})
+    told = shown(found)
+    for _ in range(3):
+        found = versions(folder, store=store)
+        assert shown(found) == told, "a restart that changes nothing is none of its changes"
+    assert [each.settings["ratio"] for each in found.roll_back()] == [0.1, 0.2]
+    found = versions(folder, store=store)
+    assert [each.name for each in found.roll_back(model="a")] == ["mine", "mine"]
+    assert "a" not in {each.model for each in found.serving()}
+    assert [each.name for each in versions(folder, store=store).roll_back(number=2)] == ["data_parallel"]
+    found = versions(folder, store=store)
+    assert serving(found) == {"data_parallel": 1.0}
+    with pytest.raises(NotFound, match="nothing was changed"):
+        found.roll_back()
+    assert [(change.number, change.reason) for change in shown(found).history] == [
+        (8, "rolled back change 2"),
+        (7, "rolled back change 4"),
+        (6, "rolled back change 5"),
+        *((change.number, change.reason) for change in told.history),
+    ]
+
+
+def test_a_change_that_cannot_be_rolled_back_any_more_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, file = tmp_path / "strategies.json", folder / "mine.py"
+    found = versions(folder, store=store)
+    put(found, "prefill_decode", {})
+    (old,) = put(found, "mine", {})
+    put(found, "balanced", {})
+    for text, why in (
+        (PROGRAM + "\n# Another.\n", f"{old.version} has changed since, and is mine@"),
+        ("x = = 1", f"{old.version}: no strategy 'mine' ({file}:1: SyntaxError: invalid syntax)"),
+    ):
+        file.write_text(text)
+        caplog.clear()
+        found = versions(folder, store=store)
+        (record,) = caplog.records
+        fields = record.__dict__["fields"]
+        assert (record.getMessage(), fields["change"]) == ("a change cannot be rolled back any more", 4)
+        assert str(fields["why"]).startswith(why)
+        with pytest.raises(NotFound, match=f"change 4 cannot be rolled back: {old.version} served before it") as caught:
+            found.roll_back()
+        assert caught.value.param == "number"
+        assert serving(found) == {"balanced": 1.0}
+    # Its file is what it was, and with it the way back; before that, an earlier one.
+    assert [each.name for each in found.roll_back(number=3)] == ["prefill_decode"]
+    put(found, "balanced", {})
+    file.write_text(PROGRAM)
+    assert [each.name for each in versions(folder, store=store).roll_back()] == ["prefill_decode"]
+
+
+def test_a_way_back_that_was_lost_is_there_again_with_its_file(folder: Path, tmp_path: Path) -> None:
+    store, file = tmp_path / "strategies.json", folder / "mine.py"
+    found = versions(folder, store=store)
+    put(found, "mine", {})
+    put(found, "balanced", {})
+    file.unlink()
+    put(versions(folder, store=store), "prefill_decode", {}, model="a")  # what was lost is kept all the same
+    file.write_text(PROGRAM)
+    assert [each.name for each in versions(folder, store=store).roll_back()] == ["mine"]
+
+
+def test_what_serves_and_changed_while_the_router_was_away_is_told_in_the_history(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "strategies.json"
+    found = versions(folder, store=store)
+    put(found, "mine", {})
+    put(found, "mine", {"ratio": 0.1}, model="a")
+    (folder / "mine.py").write_text(PROGRAM.replace("Mine.", "Mine, better."))
+    reasons = [(change.number, change.model, change.reason) for change in shown(versions(folder, store=store)).history]
+    assert reasons[:2] == [(5, "a", "restored"), (4, "", "restored")]
+    (folder / "mine.py").unlink()
+    found = versions(folder, store=store)
+    reasons = [(change.number, change.model, change.reason) for change in shown(found).history]
+    assert reasons[:2] == [(5, "a", "could not be restored"), (4, "", "could not be restored")]
+    assert serving(found) == {"data_parallel": 1.0}
+
+
+def test_steps_and_history_are_bounded_across_restarts(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "strategies.json"
+    found = versions(folder, store=store)
+    for number in range(120):
+        put(found, "prefill_decode", {"min_remote": number})
+    assert len(json.loads(store.read_text())["steps"]) == 100
+    found = versions(folder, store=store)
+    assert [change.number for change in shown(found).history] == list(range(121, 21, -1))
+    for number in range(118, 18, -1):
+        assert [each.settings["min_remote"] for each in found.roll_back()] == [number]
+    with pytest.raises(NotFound, match="nothing was changed"):
+        found.roll_back()
+
+
+def test_a_store_of_the_first_format_is_read(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "strategies.json"
+    (version,) = put(versions(folder), "mine", {}, dry_run=True)
+    entry = {"model": "", "version": version.version, "name": "mine", "settings": version.settings, "since": 7.0}
+    store.write_text(json.dumps({"format": 1, "active": [entry]}))
+    found = versions(folder, store=store)
+    assert [(each.name, each.since) for each in found.serving()] == [("mine", 7.0)]
+    assert [change.reason for change in shown(found).history] == ["restored", "configured"]
+    put(found, "balanced", {})
+    assert [each.name for each in versions(folder, store=store).roll_back()] == ["mine"]
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", '{"format": 7, "active": []}', '{"format": 1}', "[]"])
