@@ -34,7 +34,7 @@ Check = Callable[[World], Awaitable[None]]
 
 
 def run(name: str, check: Check, *engines: str, **settings: Any) -> None:
-    """A world of engines that do what they are asked at once; "d-decode" carries the label "decode"."""
+    """A world of engines that do what they are asked at once; "d-decode-fast" carries two labels."""
 
     async def main() -> None:
         async with World(Catalog.built_in().get(name).configure(settings)) as world:
@@ -47,8 +47,8 @@ def run(name: str, check: Check, *engines: str, **settings: Any) -> None:
     run_virtual(main())
 
 
-async def add(world: World, name: str, label: str = "") -> ScriptedEngine:
-    engine = await world.add(name, labels={label: "yes"} if label else {}, max_context=1000)
+async def add(world: World, name: str, *labels: str) -> ScriptedEngine:
+    engine = await world.add(name, labels=dict.fromkeys(labels, "yes"), max_context=1000)
     engine.grant_always()
     engine.answers[RemoteSend] = engine.report
     engine.answers[StartGenerate] = lambda call: say(engine, call)
@@ -140,6 +140,15 @@ def test_one_engine_alone_serves_disaggregated_requests() -> None:
         assert await serve(world) == ["a prep_recv end=-1", "a remote_send a 0 89", "a start_generate 89 lease=101"]
 
     run("prefill_decode", check, "a")
+
+
+@pytest.mark.parametrize("name", ["prefill_decode", "balanced"])
+def test_another_engine_prefills_though_the_one_that_decodes_carries_the_label_too(name: str) -> None:
+    async def check(world: World) -> None:
+        end = 89 if name == "prefill_decode" else 64
+        assert (await serve(world))[1:] == [f"q remote_send d 0 {end}", f"d start_generate {end} lease=401"]
+
+    run(name, check, "d-decode-prefill", "q")
 
 
 # --- balanced --------------------------------------------------------------------------------------------------------

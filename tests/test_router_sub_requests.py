@@ -9,7 +9,6 @@ import pytest
 from tests.router_support import ScriptedEngine, World, ids_of, read
 from tests.strategy_rig import PROMPT, run, start, two
 
-from microserve.router.dispatch import AFTERWARDS_SECONDS
 from microserve.router.strategy import Chunk, Fleet, Request
 from microserve.runtime.errors import (
     Busy,
@@ -390,7 +389,10 @@ def test_who_holds_a_lease_does_not_wait_for_another() -> None:
     run(check, greedy)
 
 
-def test_work_after_the_last_chunk_is_bounded() -> None:
+@pytest.mark.parametrize(("timeout", "lasts"), [(None, 10.0), (4.0, 4.0)])
+def test_work_after_the_last_chunk_is_bounded(timeout: float | None, lasts: float) -> None:
+    """By ten seconds, and by the request's own time."""
+
     async def tidy(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
         decode = fleet.pick("decode")
         async for chunk in decode.start_generate():
@@ -400,14 +402,14 @@ def test_work_after_the_last_chunk_is_bounded() -> None:
 
     async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
         q.grant_always()
-        generation = await start(world)
+        generation = await start(world, timeout=timeout)
         await d.finish(1)
         assert ids_of(await read(generation)) == [1]
         await world.settle()
         began = asyncio.get_running_loop().time()
         assert world.charges() == {"d": (0, 0), "p": (0, 0), "q": (0, 0)}
         await world.core.wait_idle()
-        assert asyncio.get_running_loop().time() - began == pytest.approx(AFTERWARDS_SECONDS)
+        assert asyncio.get_running_loop().time() - began == pytest.approx(lasts)
         assert generation.error is None
         await world.settle()
         assert [line for line in world.log if line.startswith("q release")] == ["q release lease=1701"]

@@ -126,6 +126,20 @@ def test_a_share_of_the_traffic_goes_to_the_newcomer_and_the_same_request_always
     assert serving(found) == {"mine": 1.0}
 
 
+def test_a_share_is_taken_from_what_serves_that_model(folder: Path) -> None:
+    found = versions(folder)
+    put(found, "mine", {}, model="a")
+    put(found, "prefill_decode", {}, model="a", share=0.25)
+    put(found, "balanced", {}, model="b", share=0.5)
+    assert [(each.model, each.name, each.share) for each in found.serving()] == [
+        ("", "data_parallel", 1.0),
+        ("a", "mine", 0.75),
+        ("a", "prefill_decode", 0.25),
+        ("b", "data_parallel", 0.5),
+        ("b", "balanced", 0.5),
+    ]
+
+
 def test_a_dry_run_validates_and_changes_nothing(folder: Path) -> None:
     found = versions(folder)
     (would,) = put(found, "mine", {"ratio": "0.75"}, dry_run=True)
