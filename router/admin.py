@@ -56,7 +56,12 @@ class AdminPages:
         """Another version for new requests."""
         asked = parse.parse(self._set, await exchange.body(self._max_body))
         active = await self._versions.set(
-            asked.name, asked.settings, model=asked.model, share=asked.share, dry_run=asked.dry_run
+            asked.name,
+            asked.settings,
+            model=asked.model,
+            share=asked.share,
+            dry_run=asked.dry_run,
+            by=exchange.caller,
         )
         await exchange.answer(_plain_json(StrategySet(active=active, dry_run=asked.dry_run)))
 
@@ -66,7 +71,7 @@ class AdminPages:
         asked = parse.parse(self._rollback, body or b"{}")
         if asked.number is not None and asked.number < 1:
             raise InvalidRequest(f"changes are numbered from 1, not {asked.number}", param="number")
-        active = self._versions.roll_back(model=asked.model, number=asked.number)
+        active = self._versions.roll_back(model=asked.model, number=asked.number, by=exchange.caller)
         await exchange.answer(_plain_json(StrategySet(active=active)))
 
 

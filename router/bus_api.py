@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from microserve.router.dispatch import Generation
     from microserve.router.text import TextModel
     from microserve.runtime.codec import TokenArray
+    from microserve.runtime.keys import KeyRing
     from microserve.runtime.messages import EngineVerb, RouterVerb
     from microserve.runtime.rpc import IncomingCall
 
@@ -69,9 +70,11 @@ _LOOKS = (Info, Stats)
 class RouterApi:
     """Answers the calls of a router's bus listener. Give `server` to `Bus.listen`."""
 
-    def __init__(self, core: RouterCore, *, clock: Clock = monotonic) -> None:
+    def __init__(self, core: RouterCore, *, ring: KeyRing | None = None, clock: Clock = monotonic) -> None:
+        """`ring`: the keys that may come in, where keys are in use."""
         self.server = RpcServer(self._handle, clock=clock)
         self._core = core
+        self._ring = ring
         self._clock = clock
         self._ids = IdSource("req")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,11 +114,15 @@ class RouterApi:
             case SetStrategy():
                 self._start(call, self._set_strategy(call, body))
             case RollbackStrategy():
-                call.reply(StrategySet(active=core.versions.roll_back(model=body.model, number=body.number)))
+                call.reply(
+                    StrategySet(
+                        active=core.versions.roll_back(model=body.model, number=body.number, by=self._who(call))
+                    )
+                )
             case ListRequests():
                 call.reply(core.requests(request_id=body.request_id, recent=body.recent, limit=body.limit))
             case AbortRequest():
-                call.reply(Aborted(outcome=core.abort(body.request_id)))
+                call.reply(Aborted(outcome=core.abort(body.request_id, by=self._who(call))))
             case ListEvents():
                 call.reply(core.events.after(body.after, body.limit))
             case EngineCall():
@@ -147,7 +154,7 @@ class RouterApi:
 
     async def _on_engine(self, call: IncomingCall, body: EngineCall) -> None:
         budget = None if call.deadline is None else max(0.001, call.deadline - self._clock())
-        stream = self._core.engine_call(body.engine_id, body.body, budget=budget)
+        stream = self._core.engine_call(body.engine_id, body.body, budget=budget, by=self._who(call))
         try:
             async for part in stream:
                 call.part(part)
@@ -155,12 +162,17 @@ class RouterApi:
             stream.cancel()  # no effect once it has ended; else our caller is gone, and the engine stops
         call.reply(stream.reply)
 
+    def _who(self, call: IncomingCall) -> str:
+        """The name of the key that a call came under; empty where keys are not in use."""
+        key = self._ring.find(call.session.user) if self._ring is not None else None
+        return key.name if key is not None else ""
+
     async def _list_strategies(self, call: IncomingCall) -> None:
         call.reply(await self._core.strategies())
 
     async def _set_strategy(self, call: IncomingCall, body: SetStrategy) -> None:
         active = await self._core.versions.set(
-            body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run
+            body.name, body.settings, model=body.model, share=body.share, dry_run=body.dry_run, by=self._who(call)
         )
         call.reply(StrategySet(active=active, dry_run=body.dry_run))
 

@@ -34,12 +34,17 @@ from microserve.runtime.errors import (
 from microserve.runtime.log import get_logger
 from microserve.runtime.membership import Roster
 from microserve.runtime.messages import (
+    CacheEvict,
+    CachePin,
+    CacheUnpin,
     Claim,
     ClaimEnded,
+    Drain,
     Meet,
     ModelInfo,
     PeerAddress,
     PeerHello,
+    Resume,
     SamplingParams,
     StatusReply,
 )
@@ -65,6 +70,15 @@ _REFUSALS = 5.0
 _MEET_AFTER = 0.05
 """Seconds after a change of the fleet until engines are told of each other."""
 _MEET_BUDGET = 10.0
+
+_DEEDS = {
+    Drain: "drain",
+    Resume: "resume",
+    CachePin: "pin a prefix",
+    CacheUnpin: "unpin a prefix",
+    CacheEvict: "evict from the cache",
+}
+"""What operators do to engines, in words."""
 
 _log = get_logger(__name__)
 
@@ -239,8 +253,11 @@ class RouterCore:
 
     # --- engines, for operators and for programs outside of the router -----------------------------------------------
 
-    def engine_call(self, engine_id: str, body: EngineVerb, *, budget: float | None = None) -> CallStream:
-        """Makes a call on one engine. Raises `NotFound`, `PeerLost`, or `InvalidRequest` for engines' own verbs."""
+    def engine_call(self, engine_id: str, body: EngineVerb, *, budget: float | None = None, by: str = "") -> CallStream:
+        """Makes a call on one engine. Raises `NotFound`, `PeerLost`, or `InvalidRequest` for engines' own verbs.
+
+        `by`: who asks. What operators do to engines is told.
+        """
         if isinstance(body, PeerHello | Claim | ClaimEnded | Meet):
             raise InvalidRequest(f"{type(body).__name__} is between engines", param="body")
         link = next((link for link in self.fleet.links if link.id == engine_id), None)
@@ -249,6 +266,18 @@ class RouterCore:
             raise NotFound(f"there is no engine {engine_id!r}; there are: {known}", param="engine_id")
         if link.client is None or link.client.closed:
             raise PeerLost(f"engine {engine_id} is not connected ({link.state})")
+        if (deed := _DEEDS.get(type(body))) is not None:
+            who = by or "an operator"
+            _log.info(
+                "asked of an engine",
+                every=1.0,
+                burst=20,
+                engine=link.id,
+                engine_epoch=link.info.epoch,
+                what=deed,
+                by=who,
+            )
+            self.events.add("operator", engine=link.id, epoch=link.info.epoch, detail=f"{deed}, by {who}", every=1.0)
         return link.client.stream(body, budget=self.config.request_timeout if budget is None else budget)
 
     # --- models ----------------------------------------------------------------------------------------------------
@@ -443,14 +472,15 @@ class RouterCore:
         """What can be chosen, what serves, what was, and what each version did. Sources are read again."""
         return msgspec.structs.replace(await self.versions.show(), figures=self.metrics.figures())
 
-    def abort(self, request_id: str) -> str:
-        """Ends a request, all choices of it. "freed", or "unknown" when none runs or waits."""
+    def abort(self, request_id: str, *, by: str = "") -> str:
+        """Ends a request, all choices of it. "freed", or "unknown" when none runs or waits. `by`: who asks."""
         found = [each for each in (*self._active, *self._queue) if _is_of(each.request_id, request_id)]
         for generation in found:
             generation.refuse(Cancelled("the request was ended by an operator"))
         if not found:
             return "unknown"
-        self.events.add("aborted", detail=f"{request_id}, by an operator")
+        self.events.add("aborted", detail=f"{request_id}, by {by or 'an operator'}")
+        _log.info("request aborted", request=request_id, by=by or "an operator")
         return "freed"
 
     def status(self) -> StatusReply:

@@ -115,7 +115,7 @@ async def serve(
             load_text=TextModel.load,
             version=microserve.__version__,
         )
-        api = RouterApi(core)
+        api = RouterApi(core, ring=security.ring if security is not None else None)
         auth = HttpAuth(api_keys, refused=core.http_refused)
         server = _HttpServer(_http_config(config, make_app(core, auth=auth), certificate))
         try:

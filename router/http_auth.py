@@ -63,6 +63,7 @@ class HttpAuth:
         if task is None:
             raise RuntimeError("an exchange belongs to a task")
         self._live[task] = key
+        exchange.caller = key.name
         try:
             yield
         except asyncio.CancelledError:

@@ -157,8 +157,9 @@ class Versions:
         model: str = EVERY,
         share: float = 1.0,
         dry_run: bool = False,
+        by: str = "",
     ) -> list[ActiveStrategy]:
-        """Serves `share` of a model's next requests by strategy `name`; what would serve, or does now.
+        """Serves `share` of a model's next requests by strategy `name`; what would serve, or does now. `by`: who asks.
 
         With a `share` below 1, the rest stays with what serves most of them now. Sources are read again. Raises and
         changes nothing: `InvalidRequest` (no such strategy, a setting that is wrong, a source that is broken), or
@@ -174,7 +175,7 @@ class Versions:
         lanes = (lane,) if share == 1.0 else self._beside(lane, model)
         if not dry_run:
             part = f" for {share:.0%}" if share < 1.0 else ""
-            self._change(model, lanes, f"set {lane.program.version}{part}")
+            self._change(model, lanes, f"set {lane.program.version}{part}{_by(by)}")
         return _shown(model, lanes)
 
     def _check(self, model: str, share: float) -> None:
@@ -203,8 +204,9 @@ class Versions:
             )
         return (Lane(base.program, 1.0 - lane.share, base.since), lane)
 
-    def roll_back(self, *, model: str = EVERY, number: int | None = None) -> list[ActiveStrategy]:
-        """Back to what served `model` before its last change, or before change `number`. Raises `NotFound`."""
+    def roll_back(self, *, model: str = EVERY, number: int | None = None, by: str = "") -> list[ActiveStrategy]:
+        """Back to what served `model` before its last change, or before change `number`. Raises `NotFound`. `by`: who
+        asks."""
         own = [step for step in self._steps if step.model == model]
         if number is not None:
             own = [step for step in own if step.number >= number]
@@ -231,7 +233,7 @@ class Versions:
             del self._lanes[model]
         else:
             self._lanes[model] = lanes
-        self._record(model, f"rolled back change {back.number}")
+        self._record(model, f"rolled back change {back.number}{_by(by)}")
         self._save()
         return _shown(model, self._lanes.get(model) or self._lanes[EVERY])
 
@@ -383,6 +385,10 @@ def _described(strategy: Strategy, source: str) -> StrategyInfo:
         SettingInfo(name=each.name, type=each.type.__name__, default=each.default) for each in strategy.settings
     ]
     return StrategyInfo(name=strategy.name, summary=strategy.summary, source=source, settings=settings)
+
+
+def _by(who: str) -> str:
+    return f", by {who}" if who else ""
 
 
 def _named(model: str) -> str:

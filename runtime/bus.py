@@ -53,6 +53,9 @@ class Session(Protocol):
     role: str
     """What the peer's key is for ("engine", "router", "client", "admin"); empty where keys are not in use."""
 
+    user: str
+    """The peer's public key; empty where keys are not in use."""
+
     @property
     def closed(self) -> bool:
         """Whether the session has ended."""

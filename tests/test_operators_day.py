@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -274,9 +275,16 @@ def read_what_happened(router: list[dict[str, Any]], engines: list[list[dict[str
     came = [each for each in router if each["event"] in ("engine joined", "engine restarted")]
     assert sorted(each["engine"] for each in came) == sorted(2 * ENGINES)
     assert len({each["engine_epoch"] for each in came}) == 6
-    assert [each["reason"].split("@")[0] for each in router if each["event"] == "strategy"] == [
-        "set prefill_decode",
-        "rolled back change 2",
+    reasons = [each["reason"] for each in router if each["event"] == "strategy"]
+    assert [re.sub("@[0-9a-f]+", "", each) for each in reasons] == [
+        "set prefill_decode, by root",
+        "rolled back change 2, by root",
+    ]
+    deeds = [(each["what"], each["engine"], each["by"]) for each in router if each["event"] == "asked of an engine"]
+    assert deeds == [
+        ("drain", "e1", "root"),
+        ("resume", "e1", "root"),
+        *(("drain", engine, "root") for engine in ENGINES),
     ]
     assert any(each["event"] == "keys reloaded" and each["revoked"] == 1 for each in router)
     assert any(each["event"] == "API keys read again" and each["ended"] == 1 for each in router)

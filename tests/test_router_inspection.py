@@ -15,7 +15,17 @@ from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.runtime.async_client import AsyncClient
 from microserve.runtime.errors import Cancelled, ModelNotFound, ProtocolError
 from microserve.runtime.ids import Peer
-from microserve.runtime.messages import EngineEvent, Load, PrepRecv, RemoteSend, StartGenerate
+from microserve.runtime.messages import (
+    CacheEvict,
+    Drain,
+    EngineEvent,
+    Info,
+    Load,
+    Ok,
+    PrepRecv,
+    RemoteSend,
+    StartGenerate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -172,6 +182,28 @@ def test_a_lost_session_is_an_event() -> None:
         assert kinds[:3] == ["joined", "connected", "lost"]
 
     with_client(work)
+
+
+def test_what_operators_do_to_engines_is_an_event_with_the_name_of_their_key() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            engine.answers[Drain] = engine.answers[CacheEvict] = lambda call: call.reply(Ok())
+            for body, who in ((Drain(), "ann"), (CacheEvict(), ""), (Info(), "ann")):
+                world.core.engine_call("a", body, by=who)
+            await world.settle()
+            told = [(each.engine, each.epoch, each.detail) for each in world.core.events.after(0, 100).events[-2:]]
+            assert told == [("a", 1, "drain, by ann"), ("a", 1, "evict from the cache, by an operator")]
+            generation = world.generate(request_id="q")
+            assert world.core.abort("q", by="ann") == "freed"
+            assert generation.error is not None
+            assert world.core.events.after(0, 100).events[-1].detail == "q, by ann"
+            await world.core.versions.set("cache_aware", {}, by="ann")
+            world.core.versions.roll_back(by="root")
+            reasons = [each.reason.partition(", by ")[2] for each in (await world.core.strategies()).history[:2]]
+            assert reasons == ["root", "ann"]
+
+    run_virtual(main())
 
 
 def test_whoever_is_refused_is_an_event() -> None:

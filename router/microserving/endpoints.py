@@ -69,7 +69,7 @@ class Microserving:
             stream.cancel()
 
     def _call(self, exchange: Exchange, body: EngineVerb) -> CallStream:
-        return self._core.engine_call(exchange.scope["path_params"]["id"], body)
+        return self._core.engine_call(exchange.scope["path_params"]["id"], body, by=exchange.caller)
 
     async def _prompt(self, exchange: Exchange, body: Struct) -> Prompt:
         if not isinstance(body, Prompted):

@@ -42,6 +42,7 @@ class Exchange:
         "_sending",
         "_timer",
         "_watcher",
+        "caller",
         "gone",
         "headers",
         "request_id",
@@ -53,6 +54,8 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, keep_alive: float = 15.0) -> None:
         self.scope = scope
         self.request_id = ""
+        self.caller = ""
+        """The name of the API key that it came under, where keys are in use."""
         self.headers: Headers = []
         self.started = False
         self.streaming = False

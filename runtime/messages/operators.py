@@ -190,7 +190,8 @@ class FleetEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Unix time, seconds."""
     kind: str
     """"joined", "restarted", "left", "silent", "returned", "connected", "lost"; "state", "peer", "lease_expired",
-    "quarantined", "push_failed" (engines said so); "strategy", "refused", "aborted"."""
+    "quarantined", "push_failed" (engines said so); "strategy", "refused", "aborted", "operator" (somebody drained,
+    resumed, pinned, unpinned or evicted)."""
     engine: str = ""
     epoch: int = 0
     detail: str = ""

@@ -40,6 +40,7 @@ _EVENT_STYLES = {
     "state": "yellow",
     "aborted": "yellow",
     "strategy": "cyan",
+    "operator": "cyan",
     "peer": "blue",
     "left": "yellow",
 }
