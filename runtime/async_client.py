@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import msgspec
 
+from microserve.runtime.arguments import objection
 from microserve.runtime.async_engine import AsyncEngine
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import InvalidRequest, PeerLost, ProtocolError
@@ -372,7 +373,7 @@ def generate_request(prompt: Prompt | None, messages: ChatInput | None, options:
         try:
             msgspec.convert({name: value}, SamplingParams)
         except msgspec.ValidationError as error:
-            raise InvalidRequest(f"{name}: {value!r}: {str(error).split(' - at')[0]}", param=name) from error
+            raise InvalidRequest(f"{name}: {value!r}: {objection(error).what}", param=name) from error
     request = Generate(
         text=prompt if isinstance(prompt, str) else None,
         prompt=pack_tokens(list(prompt)) if prompt is not None and not isinstance(prompt, str) else None,
@@ -385,7 +386,7 @@ def generate_request(prompt: Prompt | None, messages: ChatInput | None, options:
         # What the router would refuse to decode is better told here, by name.
         return msgspec.convert(msgspec.to_builtins(request, builtin_types=(bytes,)), Generate)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from error
+        raise objection(error).refusal() from error
 
 
 def _message(message: ChatMessage | Mapping[str, str]) -> ChatMessage:

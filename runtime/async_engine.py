@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
+from microserve.runtime.arguments import Objection, objection
 from microserve.runtime.codec import pack_tokens, unpack_tokens
-from microserve.runtime.errors import InvalidRequest, MicroserveError, ProtocolError
+from microserve.runtime.errors import MicroserveError, ProtocolError
 from microserve.runtime.messages import (
     Abort,
     Aborted,
@@ -36,6 +37,7 @@ from microserve.runtime.messages import (
     Generated,
     Info,
     InfoReply,
+    Name,
     Ok,
     Prefixes,
     Prepared,
@@ -90,7 +92,7 @@ class AsyncEngine:
         sub_id: str = "",
     ) -> KvAddress:
         """A lease on pages for the KV of `prompt[:end]` that is not cached there, and its address."""
-        named = sub_id or _new_name()
+        named = _named(sub_id)
         body = PrepRecv(
             request_id=request_id or named,
             sub_id=named,
@@ -112,7 +114,7 @@ class AsyncEngine:
         sub_id: str = "",
     ) -> SendReport:
         """Produces KV of `[begin, end)` on this engine, by default all that is awaited, and pushes it to `address`."""
-        named = sub_id or _new_name()
+        named = _named(sub_id)
         body = RemoteSend(
             request_id=request_id or named,
             sub_id=named,
@@ -142,8 +144,8 @@ class AsyncEngine:
         try:
             params = msgspec.convert(sampling, SamplingParams)
         except msgspec.ValidationError as error:
-            raise InvalidRequest(str(error)) from error
-        named = sub_id or _new_name()
+            raise objection(error).refusal() from error
+        named = _named(sub_id)
         body = StartGenerate(
             request_id=request_id or named,
             sub_id=named,
@@ -173,7 +175,7 @@ class AsyncEngine:
 
     async def commit(self, lease: int, *, wait: float | None = None, request_id: str = "", sub_id: str = "") -> int:
         """What arrived of a lease enters the prefix tree; up to which position."""
-        named = sub_id or _new_name()
+        named = _named(sub_id)
         body = Commit(request_id=request_id or named, sub_id=named, lease=lease, wait=wait)
         return _expect(await self._call(body), Committed).committed_until
 
@@ -252,8 +254,12 @@ async def migrate(prompt: Sequence[int], source: AsyncEngine, target: AsyncEngin
         raise
 
 
-def _new_name() -> str:
-    return f"sub-{os.urandom(8).hex()}"
+def _named(sub_id: str) -> str:
+    """`sub_id`, or a new one. It is looked at here because a `request_id` is made of it, and would be blamed."""
+    try:
+        return msgspec.convert(sub_id, Name) or f"sub-{os.urandom(8).hex()}"
+    except msgspec.ValidationError as error:
+        raise Objection(objection(error).what, "sub_id").refusal() from error
 
 
 def _tokens(prompt: Sequence[int]) -> bytes:

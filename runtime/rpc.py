@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from microserve.runtime.arguments import UNENCODABLE, unencodable
 from microserve.runtime.clock import monotonic
 from microserve.runtime.codec import from_info, to_info
 from microserve.runtime.errors import (
@@ -24,7 +25,7 @@ from microserve.runtime.errors import (
     TooLarge,
 )
 from microserve.runtime.log import get_logger
-from microserve.runtime.messages import Batch, Call, Cancel, Failure, Part, Reply
+from microserve.runtime.messages import Batch, Call, Cancel, EngineCall, Failure, Part, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -171,7 +172,7 @@ class RpcServer:
             session.send(message)
         except PeerLost as error:
             _log.debug("answer dropped", peer=session.peer, why=error.message)
-        except (TooLarge, TypeError, ValueError, OverflowError) as error:
+        except (TooLarge, TypeError, *UNENCODABLE) as error:
             # Ours to answer for: the caller asked for nothing that large, or a verb built a body that has no encoding.
             _log.error("an answer cannot travel", every=1.0, peer=session.peer, why=error)
             self._send_failures(session, message, f"the answer cannot travel: {error}")
@@ -336,7 +337,8 @@ class RpcClient:
 
     async def call(self, body: EngineVerb | RouterVerb, *, budget: float | None = None) -> ReplyBody:
         """The terminal answer (pieces are ignored). Raises the callee's error, `PeerLost`, `DeadlineExceeded` after
-        `budget` seconds, or `TooLarge`. Cancelling the task cancels the call."""
+        `budget` seconds, `InvalidRequest` for a value that cannot travel, or `TooLarge`. Cancelling the task cancels
+        the call."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[ReplyBody] = loop.create_future()
         id = self._start(waiter, body, budget)
@@ -351,8 +353,8 @@ class RpcClient:
                 self.abandon(id)
 
     def stream(self, body: EngineVerb | RouterVerb, *, budget: float | None = None) -> CallStream:
-        """Sends the call at once and returns its answer as a stream. Raises `PeerLost`, `TooLarge` or (no budget left)
-        `DeadlineExceeded` when it cannot be sent. Iterate it to its end, or `cancel` it."""
+        """Sends the call at once and returns its answer as a stream. Raises `PeerLost`, `InvalidRequest`, `TooLarge` or
+        (no budget left) `DeadlineExceeded` when it cannot be sent. Iterate it to its end, or `cancel` it."""
         stream = CallStream(self, next(self._ids))
         self._start(stream, body, budget, stream.id)
         if budget is not None:
@@ -380,6 +382,13 @@ class RpcClient:
         self._calls[id] = entry
         try:
             self.session.send(Call(id=id, body=body, budget=budget))
+        except UNENCODABLE as error:
+            self._calls.pop(id, None)
+            found = unencodable(body.body if isinstance(body, EngineCall) else body)
+            if found is None:
+                raise
+            # The caller built it, so it is an argument that is wrong; which one is looked for only now.
+            raise found.refusal() from error
         except BaseException:
             self._calls.pop(id, None)
             raise

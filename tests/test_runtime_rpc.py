@@ -24,16 +24,20 @@ from microserve.runtime.memory_bus import MemoryNetwork
 from microserve.runtime.messages import (
     MAX_MESSAGE_BYTES,
     Batch,
+    CacheMatched,
     Call,
     Cancel,
+    EngineCall,
     ErrorInfo,
     Failure,
     Generated,
     Info,
     Ok,
     Part,
+    PrepRecv,
     Reply,
     Resume,
+    SamplingParams,
     StartGenerate,
     Stats,
     StatsReply,
@@ -190,6 +194,42 @@ def test_an_answer_too_large_to_travel_becomes_a_failure(caplog: pytest.LogCaptu
 
     asyncio.run(main())
     assert "an answer cannot travel" in caplog.messages
+
+
+def test_an_answer_without_an_encoding_becomes_a_failure() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            call = await rig.call()
+            rig.calls[0].reply(CacheMatched(tokens=2**64))
+            with pytest.raises(InternalError, match="cannot travel"):
+                await call
+
+    asyncio.run(main())
+
+
+def test_an_argument_that_cannot_travel_is_the_callers_mistake() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            too_much = PrepRecv(request_id="r", sub_id="s", prompt=b"", end=10**30)
+            on_engine = EngineCall(engine_id="e", body=too_much)
+            half = PrepRecv(request_id="r", sub_id="\ud800", prompt=b"")
+            sampling = StartGenerate(request_id="r", sub_id="s", prompt=b"", sampling=SamplingParams(top_k=2**64))
+            for body, param in ((too_much, "end"), (on_engine, "end"), (half, "sub_id"), (sampling, "sampling.top_k")):
+                with pytest.raises(InvalidRequest) as caught:
+                    await rig.client.call(body)
+                assert caught.value.param == param
+                with pytest.raises(InvalidRequest):
+                    rig.client.stream(body)
+            with pytest.raises(TypeError):
+                await rig.client.call(PrepRecv(request_id="r", sub_id="s", prompt=b"", end=object()))  # type: ignore[arg-type]
+            await rig.network.settle()
+            assert rig.calls == []
+            assert rig.client.open_calls == 0
+            answered = await rig.call()
+            rig.calls[0].reply(Ok())
+            assert await answered == Ok(), "the session counts on"
+
+    asyncio.run(main())
 
 
 # --- streams -------------------------------------------------------------------------------------------------------

@@ -11,26 +11,34 @@ from msgspec import Meta, Struct
 
 from microserve.runtime import messages
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.messages import EngineVerb, KvAddress, Layout, SamplingParams, TokenLogprobs
+from microserve.runtime.messages import (
+    EngineVerb,
+    Int64,
+    KvAddress,
+    Layout,
+    LeaseId,
+    Name,
+    NonNegative,
+    SamplingParams,
+    Seconds,
+    TokenLogprobs,
+)
 
 ROOT = "/microserving/v1"
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Meta(min_length=1)]
-Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Seconds = Annotated[float, Meta(ge=0)]
-Name = Annotated[str, Meta(max_length=256)]
 
 
 class Address(Struct, forbid_unknown_fields=True, kw_only=True):
     """Where KV is to go: what `prep_recv` answered, unchanged."""
 
     engine_id: str
-    epoch: int
+    epoch: Int64
     endpoint: str
-    lease: Id
-    matched: int
-    end: int
+    lease: LeaseId
+    matched: Int64
+    end: Int64
     pages: list[TokenId]
     layout: Layout
 
@@ -47,8 +55,8 @@ class Prompted(Struct, forbid_unknown_fields=True, kw_only=True):
 class PrepRecvBody(Prompted, forbid_unknown_fields=True, kw_only=True):
     """Match the prompt, prepare pages for KV of `[matched, end)`, open a lease. `end` may count from the end."""
 
-    end: int | None = None
-    expect_tokens: Annotated[int, Meta(ge=0)] = 0
+    end: Int64 | None = None
+    expect_tokens: NonNegative = 0
     admit_by: Seconds | None = None
 
 
@@ -56,19 +64,19 @@ class RemoteSendBody(Prompted, forbid_unknown_fields=True, kw_only=True):
     """Produce KV of `[begin, end)` on this engine and push it to `address`; by default all that is awaited."""
 
     address: Address
-    begin: int | None = None
-    end: int | None = None
+    begin: Int64 | None = None
+    end: Int64 | None = None
 
 
 class StartGenerateBody(Prompted, forbid_unknown_fields=True, kw_only=True):
     """Prefill from `begin` and decode. With `lease`: wait for its KV up to `begin` first."""
 
-    begin: int = 0
+    begin: Int64 = 0
     sampling: SamplingParams = SamplingParams()
-    prior_output: Annotated[int, Meta(ge=0)] = 0
+    prior_output: NonNegative = 0
     admit_by: Seconds | None = None
     first_token_by: Seconds | None = None
-    lease: Id | None = None
+    lease: LeaseId | None = None
     kv_wait: Seconds | None = None
     stream: bool = False
 
@@ -76,7 +84,7 @@ class StartGenerateBody(Prompted, forbid_unknown_fields=True, kw_only=True):
 class CommitBody(Struct, forbid_unknown_fields=True, kw_only=True):
     """What arrives of a lease within `wait` seconds (default: the engine's `kv_wait`) enters the prefix tree."""
 
-    lease: Id
+    lease: LeaseId
     wait: Seconds | None = None
     request_id: Name = ""
     sub_id: Name = ""
@@ -85,15 +93,15 @@ class CommitBody(Struct, forbid_unknown_fields=True, kw_only=True):
 class ReleaseBody(Struct, forbid_unknown_fields=True, kw_only=True):
     """End a lease."""
 
-    lease: Id
+    lease: LeaseId
 
 
 class ForgoBody(Struct, forbid_unknown_fields=True, kw_only=True):
     """KV of `[begin, end)` will not come: who waits for it computes it."""
 
-    lease: Id
-    begin: int
-    end: int
+    lease: LeaseId
+    begin: Int64
+    end: Int64
 
 
 class AbortBody(Struct, forbid_unknown_fields=True, kw_only=True):

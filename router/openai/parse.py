@@ -11,6 +11,7 @@ import numpy as np
 
 from microserve.router.openai.requests import ChatRequest, CompletionRequest, GenerationFields, Message
 from microserve.router.stops import checked_stops
+from microserve.runtime.arguments import Objection, joined, objection
 from microserve.runtime.errors import InvalidRequest
 from microserve.runtime.messages import ModelInfo, SamplingParams
 
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
 
 _FEW = 8
 """Fields that are listed where one is wrong."""
@@ -36,16 +35,14 @@ def parse(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), decoder.type) from error
+        raise _explain(objection(error), decoder.type) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
 
 
-def _explain(message: str, expected: Any) -> InvalidRequest:
-    """msgspec's words as an error that names the field as a client would write it: `messages[0].role`."""
-    match = _PLACE.fullmatch(message)
-    what, path = (match["what"], match["path"] or "") if match else (message, "")
-    at = path.replace("[...]", "")
+def _explain(wrong: Objection, expected: Any) -> InvalidRequest:
+    """The error that a client understands, with what may have been meant where the field is unknown."""
+    what, at = wrong
     if (found := _UNKNOWN.fullmatch(what)) is not None:
         name = found["name"]
         known = _fields_at(expected, at)
@@ -53,17 +50,11 @@ def _explain(message: str, expected: Any) -> InvalidRequest:
         # All of a long list would hide what is wrong.
         hint = f"; there are: {', '.join(known)}" if len(known) <= _FEW else ""
         hint = f"; did you mean '{close[0]}'?" if close else hint
-        return InvalidRequest(f"unknown field '{_join(at, name)}'{hint}", param=_join(at, name))
-    if (found := _MISSING.fullmatch(what)) is not None:
-        name = _join(at, found["name"])
-        return InvalidRequest(f"'{name}' is required", param=name)
-    if not at:
+        return InvalidRequest(f"unknown field '{joined(at, name)}'{hint}", param=joined(at, name))
+    refusal = wrong.refusal()
+    if refusal.param is None:
         return InvalidRequest(f"the body must be a JSON object: {what}")
-    return InvalidRequest(f"'{at}': {what}", param=at)
-
-
-def _join(at: str, name: str) -> str:
-    return f"{at}.{name}" if at else name
+    return refusal
 
 
 def _fields_at(expected: Any, at: str) -> Sequence[str]:

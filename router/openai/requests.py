@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from microserve.runtime.messages import Int64, NonNegative
+
 MAX_CHOICES = 128
 """Choices of one request: `n` times its prompts."""
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+# As wide as the engines' `SamplingParams`; most are held against the context or the vocabulary after that.
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenIds = list[int]
 
@@ -32,16 +34,16 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Int64 | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     # What serving clients add.
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Count | None = None
+    min_tokens: NonNegative | None = None
     stop_token_ids: Annotated[TokenIds, Meta(max_length=256)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

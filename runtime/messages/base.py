@@ -15,7 +15,11 @@ TokenBytes = bytes
 """Token ids, little-endian int32."""
 
 Name = Annotated[str, Meta(max_length=256)]
-NonNegative = Annotated[int, Meta(ge=0)]
+# JSON has integers of any size, and msgpack has not: what arrives as JSON is bounded where it arrives.
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+NonNegative = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+CallId = Annotated[int, Meta(ge=0)]
+"""Chosen by the caller: anything that msgpack can say."""
 Seconds = Annotated[float, Meta(ge=0)]
 LeaseId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 PageBytes = bytes

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from microserve.runtime.messages.base import LeaseId, Message, Name, NonNegative, Seconds, TokenBytes
+from microserve.runtime.messages.base import Int64, LeaseId, Message, Name, NonNegative, Seconds, TokenBytes
 
 
 class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
@@ -17,7 +17,7 @@ class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
     without a seed the engine draws one.
     """
 
-    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    max_tokens: Annotated[int, Meta(ge=1, le=2**63 - 1)] = 16
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_k: NonNegative = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -25,12 +25,12 @@ class SamplingParams(Struct, omit_defaults=True, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    logit_bias: dict[Int64, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    seed: Int64 | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     ignore_eos: bool = False
     min_tokens: NonNegative = 0
-    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=256)] = ()
+    stop_token_ids: Annotated[tuple[Int64, ...], Meta(max_length=256)] = ()
 
 
 class StartGenerate(Message, tag="start_generate", frozen=True):
@@ -47,7 +47,7 @@ class StartGenerate(Message, tag="start_generate", frozen=True):
     request_id: Name
     sub_id: Name
     prompt: TokenBytes
-    begin: int = 0
+    begin: Int64 = 0
     sampling: SamplingParams = SamplingParams()
     prior_output: NonNegative = 0
     admit_by: Seconds | None = None

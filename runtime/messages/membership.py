@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from microserve.runtime.messages.base import PROTOCOL_VERSION, Message
+from microserve.runtime.messages.base import PROTOCOL_VERSION, Int64, Message
 
 
 class ModelInfo(Struct, omit_defaults=True, frozen=True, kw_only=True):
@@ -27,13 +27,13 @@ class Layout(Struct, omit_defaults=True, frozen=True, kw_only=True):
 
     model_revision: str
     dtype: str
-    page_size: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    tp_rank: int = 0
-    tp_size: int = 1
-    protocol: int = PROTOCOL_VERSION
+    page_size: Int64
+    layers: Int64
+    kv_heads: Int64
+    head_dim: Int64
+    tp_rank: Int64 = 0
+    tp_size: Int64 = 1
+    protocol: Int64 = PROTOCOL_VERSION
 
 
 class Load(Struct, omit_defaults=True, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from microserve.runtime.messages.base import Message, Name, NonNegative
+from microserve.runtime.messages.base import Int64, Message, Name, NonNegative
 
 SettingValue = bool | int | float | str
 
@@ -105,7 +105,7 @@ class RollbackStrategy(Message, tag="rollback_strategy", frozen=True):
     """Back to what served before the last change of `model`, or before change `number`. Reply: `StrategySet`."""
 
     model: str = ""
-    number: int | None = None
+    number: Int64 | None = None
 
 
 class StrategySet(Message, tag="strategy_set", frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microserve.runtime.messages.base import ErrorInfo, Message, Name, NonNegative, Seconds
+from microserve.runtime.messages.base import CallId, ErrorInfo, Message, Name, Seconds
 from microserve.runtime.messages.cache import (
     CacheEvict,
     CacheEvicted,
@@ -151,7 +151,7 @@ ReplyBody = (
 class Call(Message, tag="call", frozen=True):
     """Start a call. `budget` is the seconds that remain for all of it; the receiver stamps a deadline on arrival."""
 
-    id: NonNegative
+    id: CallId
     body: EngineVerb | RouterVerb
     budget: Seconds | None = None
 
@@ -159,28 +159,28 @@ class Call(Message, tag="call", frozen=True):
 class Part(Message, tag="part", frozen=True):
     """One piece of a streamed answer; never terminal."""
 
-    id: NonNegative
+    id: CallId
     body: ReplyBody
 
 
 class Reply(Message, tag="reply", frozen=True):
     """The terminal answer of a call that succeeded."""
 
-    id: NonNegative
+    id: CallId
     body: ReplyBody
 
 
 class Failure(Message, tag="failure", frozen=True):
     """The terminal answer of a call that failed. `id` None: the call's frame could not be decoded."""
 
-    id: NonNegative | None
+    id: CallId | None
     error: ErrorInfo
 
 
 class Cancel(Message, tag="cancel", frozen=True):
     """The caller no longer wants the answer. The callee still sends one terminal (usually `cancelled`)."""
 
-    id: NonNegative
+    id: CallId
 
 
 class Batch(Message, tag="batch", frozen=True):

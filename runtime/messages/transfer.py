@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from microserve.runtime.messages.base import LeaseId, Message, Name, NonNegative, PageBytes, Seconds, TokenBytes
+from microserve.runtime.messages.base import Int64, LeaseId, Message, Name, NonNegative, PageBytes, Seconds, TokenBytes
 from microserve.runtime.messages.membership import Layout
 
 
@@ -16,12 +16,12 @@ class KvAddress(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     engine_id: str
-    epoch: int
+    epoch: Int64
     endpoint: str
     """The receiver's API endpoint, where a sender claims."""
     lease: LeaseId
-    matched: int
-    end: int
+    matched: Int64
+    end: Int64
     pages: PageBytes
     layout: Layout
 
@@ -36,7 +36,7 @@ class PrepRecv(Message, tag="prep_recv", frozen=True):
     request_id: Name
     sub_id: Name
     prompt: TokenBytes
-    end: int | None = None
+    end: Int64 | None = None
     expect_tokens: NonNegative = 0
     admit_by: Seconds | None = None
 
@@ -55,8 +55,8 @@ class RemoteSend(Message, tag="remote_send", frozen=True):
     sub_id: Name
     prompt: TokenBytes
     address: KvAddress
-    begin: int
-    end: int | None = None
+    begin: Int64
+    end: Int64 | None = None
 
 
 class SendReport(Message, tag="send_report", frozen=True):
@@ -97,8 +97,8 @@ class Forgo(Message, tag="forgo", frozen=True):
     """KV for `[begin, end)` of a lease will not come: who waits for it computes it. Idempotent. Reply: `Released`."""
 
     lease: LeaseId
-    begin: int
-    end: int
+    begin: Int64
+    end: Int64
 
 
 class Released(Message, tag="released", frozen=True):
@@ -113,25 +113,25 @@ class PeerHello(Message, tag="peer_hello", frozen=True):
     """
 
     engine_id: Name
-    epoch: int
+    epoch: Int64
     endpoint: str
     layout: Layout
     transport: str
     metadata: bytes
     host: str = ""
-    pid: int = 0
-    pid_started: int = 0
+    pid: Int64 = 0
+    pid_started: Int64 = 0
 
 
 class PeerWelcome(Message, tag="peer_welcome", frozen=True):
     engine_id: Name
-    epoch: int
+    epoch: Int64
     layout: Layout
     transport: str
     metadata: bytes
     host: str = ""
-    pid: int = 0
-    pid_started: int = 0
+    pid: Int64 = 0
+    pid_started: Int64 = 0
 
 
 class Claim(Message, tag="claim", frozen=True):
@@ -142,12 +142,12 @@ class Claim(Message, tag="claim", frozen=True):
     """
 
     lease: LeaseId
-    epoch: int
+    epoch: Int64
     """The receiver's, from the address: a stale one is refused."""
-    begin: int
-    end: int
+    begin: Int64
+    end: Int64
     engine_id: Name
-    sender_epoch: int
+    sender_epoch: Int64
     sub_id: Name = ""
     digest: bytes = b""
 
@@ -169,7 +169,7 @@ class ClaimEnded(Message, tag="claim_ended", frozen=True):
 
 class PeerAddress(Struct, frozen=True, kw_only=True):
     engine_id: str
-    epoch: int
+    epoch: Int64
     endpoint: str
 
 
