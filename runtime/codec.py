@@ -35,7 +35,10 @@ def decode(frame: bytes | memoryview) -> AnyMessage:
 
 def pack_tokens(tokens: npt.ArrayLike) -> bytes:
     """Token ids as wire bytes. Raises `InvalidRequest` for ids that do not fit an int32."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:  # lists of different lengths, for one
+        raise InvalidRequest(f"token ids must be a flat list of integers: {error}") from error
     if array.size == 0:
         return b""
     if array.ndim != 1 or array.dtype.kind not in "iu":

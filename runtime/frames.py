@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from microserve.runtime.arguments import Objection, objection
 from microserve.runtime.codec import decode, encode
-from microserve.runtime.errors import ProtocolError, TooLarge, VersionMismatch
-from microserve.runtime.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from microserve.runtime.errors import InvalidRequest, ProtocolError, TooLarge, VersionMismatch
+from microserve.runtime.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Call
 
 if TYPE_CHECKING:
     from microserve.runtime.messages import AnyMessage, Message
@@ -58,6 +59,7 @@ class _Head(msgspec.Struct):
 
 _head_decoder = msgspec.msgpack.Decoder(_Head)
 _map_decoder = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_call_decoder = msgspec.msgpack.Decoder(Call)
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -69,17 +71,40 @@ class Remains:
     """The message's tag, or ""."""
     id: int | None
     """The id of the call that it belongs to."""
+    refusal: InvalidRequest | None = None
+    """What is wrong with an argument, where all else is a call of a verb that we know."""
 
 
 def salvage(body: memoryview) -> Remains:
-    """Looks at the tag and the call id of an undecodable message, and at nothing else."""
+    """Looks at the tag and the call id of an undecodable message, and at a call's arguments."""
     try:
         head = _head_decoder.decode(body)
     except _UNREADABLE:
         pass
     else:
-        return Remains(head.t, head.id if head.id >= 0 else None)
+        if head.id < 0:
+            return Remains(head.t, None)
+        return Remains(head.t, head.id, _refusal(body) if head.t == "call" else None)
     try:
         return Remains(msgspec.msgpack.decode(_map_decoder.decode(body)["t"], type=str), None)
     except (*_UNREADABLE, KeyError):
         return Remains("", None)
+
+
+def _refusal(body: memoryview) -> InvalidRequest | None:
+    """Which argument of a call is wrong, if that is all that is. The call is decoded again: nobody else pays for it."""
+    try:
+        _call_decoder.decode(body)
+    except msgspec.ValidationError as error:
+        wrong = objection(error)
+    except _UNREADABLE:
+        return None
+    else:
+        return None
+    field = wrong.field.split(".")
+    # A call on an engine has the engine's verb in its own body.
+    verbs = 2 if field[:2] == ["body", "body"] else 1
+    if field[:verbs] != ["body"] * verbs or field[verbs:] in ([], ["t"]):
+        # Not a call of ours, or a verb (`t`) that we do not know.
+        return None
+    return Objection(wrong.what, ".".join(wrong.at.split(".")[verbs:])).refusal()

@@ -354,6 +354,11 @@ class LiveSession:
             # Answers of unknown calls are lost: those calls can only end with the session.
             self._statistics.malformed += 1
             self.end(error, bye=error.message)
+        elif remains.refusal is not None:
+            # The frame is ours and makes sense; what is wrong is what somebody asks for.
+            self._statistics.received += 1
+            _log.debug("a call was refused", peer=self.peer, why=remains.refusal.message)
+            self._try_post(Failure(id=remains.id, error=to_info(remains.refusal)))
         else:
             self._complain(error, remains.id if remains.tag == "call" else None)
 

@@ -16,6 +16,7 @@ from microserve.runtime.memory_bus import MemoryNetwork
 from microserve.runtime.messages import (
     MAX_MESSAGE_BYTES,
     Bye,
+    CachePin,
     Call,
     Cancel,
     EngineEvent,
@@ -599,6 +600,13 @@ def test_nonsense_on_an_open_session_gets_a_typed_failure() -> None:
         ]
         assert pair.engine.statistics().malformed == 4
         assert pair.engine.statistics().unknown_version == 1
+        received = pair.engine.statistics().received
+        pair.network.inject(ROUTER, ENGINE, pack(Call(id=43, body=CachePin(prompt=b"", ttl=0)), 5))
+        await pair.network.settle()
+        refused = [m for m in pair.here.messages if isinstance(m, Failure)][-1]
+        assert (refused.id, refused.error.code, refused.error.param) == (43, "invalid_request", "ttl")
+        assert pair.engine.statistics().malformed == 4, "the frame made sense"
+        assert pair.engine.statistics().received == received + 1
         assert not session.closed
         await pair.close()
 

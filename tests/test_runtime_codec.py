@@ -89,6 +89,53 @@ def test_salvage(value: object, tag: str, id: int | None) -> None:
     assert (remains.tag, remains.id) == (tag, id)
 
 
+PIN = {"t": "cache_pin", "prompt": b"", "ttl": 0}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (PIN, "ttl", "'ttl': Expected `float` > 0.0"),
+        ({"t": "cache_pin", "ttl": 1}, "prompt", "'prompt' is required"),
+        (
+            {"t": "generate", "messages": [{"role": 1}]},
+            "messages[0].role",
+            "'messages[0].role': Expected `str`, got `int`",
+        ),
+        ({"t": "engine_call", "engine_id": "a", "body": PIN}, "ttl", "'ttl': Expected `float` > 0.0"),
+        ({"t": "engine_call", "engine_id": 5, "body": PIN}, "engine_id", "'engine_id': Expected `str`, got `int`"),
+    ],
+)
+def test_a_wrong_argument_of_a_call_is_told_by_name(body: object, param: str, message: str) -> None:
+    refusal = salvage(memoryview(msgpack.packb({"t": "call", "id": 3, "body": body}))).refusal
+    assert refusal is not None
+    assert (refusal.param, refusal.message) == (param, message)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"t": "call", "id": 3, "body": {"t": "from_the_future", "ttl": 0}},
+        {"t": "call", "id": 3, "body": {"ttl": 0}},
+        {"t": "call", "id": 3, "body": 5},
+        {"t": "call", "id": 3},
+        {"t": "call", "id": 3, "body": {"t": "engine_call", "engine_id": "a", "body": {"t": "from_the_future"}}},
+        {"t": "call", "id": 3, "body": {"t": "engine_call", "engine_id": "a", "body": {"t": 5}}},
+        {"t": "call", "id": 3, "body": {"t": "engine_call", "engine_id": "a", "body": {}}},
+        {"t": "call", "id": 3, "body": {"t": "stats"}, "budget": "long"},
+        {"t": "call", "id": -3, "body": PIN},
+        {"t": "reply", "id": 3, "body": PIN},
+    ],
+)
+def test_what_is_no_call_of_a_known_verb_has_no_wrong_argument(value: object) -> None:
+    assert salvage(memoryview(msgpack.packb(value))).refusal is None
+
+
+def test_a_frame_that_is_cut_short_has_no_wrong_argument() -> None:
+    whole = msgpack.packb({"t": "call", "id": 3, "body": PIN | {"prompt": b"x" * 9}})
+    assert salvage(memoryview(whole[:-1])).refusal is None
+
+
 def test_unknown_fields_are_ignored_and_defaults_are_left_out() -> None:
     assert decode(msgpack.packb({"t": "ping", "since": 3})) == Ping()
     assert msgpack.unpackb(encode(Ping())) == {"t": "ping"}
@@ -110,7 +157,7 @@ def test_tokens_are_little_endian() -> None:
     assert pack_tokens(np.array([1, 258], dtype=">i8")) == b"\1\0\0\0\2\1\0\0"
 
 
-@pytest.mark.parametrize("values", [[-1], [2**31], [1.5], ["a"], [[1, 2]], 5])
+@pytest.mark.parametrize("values", [[-1], [2**31], [1.5], ["a"], [[1, 2]], [[1], [2, 3]], [2**70], [1, 2**63], 5])
 def test_what_is_no_list_of_tokens_is_refused(values: object) -> None:
     with pytest.raises(InvalidRequest):
         pack_tokens(values)  # type: ignore[arg-type]
