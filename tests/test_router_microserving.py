@@ -299,6 +299,18 @@ def content_of(response: dict[str, Any]) -> dict[str, str]:
     return {kind: each["schema"]["$ref"].rpartition("/")[2] for kind, each in response["content"].items()}
 
 
+OPTIONAL_BODY = {"cache_evict", "cache_prefixes", "info", "stats", "drain", "resume"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_body_is_required_where_the_description_says_so(verb: str) -> None:
+    async def work(door: Door) -> None:
+        door.engine.refuse_with = Busy("asked")
+        assert (await door.post(verb)).status == (429 if verb in OPTIONAL_BODY else 400)
+
+    run(work)
+
+
 def test_it_describes_itself() -> None:
     async def work(door: Door) -> None:
         document = (await door.ask("GET", "/openapi.json")).json()
@@ -323,6 +335,15 @@ def test_it_describes_itself() -> None:
         text = json.dumps(document)
         for name in set(document["components"]["schemas"]):
             assert f"#/components/schemas/{name}" in text
+        bodies = {name: document["paths"][f"{ROOT}/engines/{{id}}/{name}"]["post"]["requestBody"] for name in VERBS}
+        assert all("application/json" in body["content"] for body in bodies.values())
+        assert {name for name, body in bodies.items() if not body["required"]} == OPTIONAL_BODY
+        tagged = [
+            name
+            for name, schema in schemas.items()
+            if "t" in {*schema.get("required", ()), *schema.get("properties", ())}
+        ]
+        assert tagged == [], "the tag is the bus's"
         page = await door.ask("GET", "/docs")
         assert page.headers["content-type"].startswith("text/html")
         assert b"<script" not in page.body

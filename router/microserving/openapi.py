@@ -92,7 +92,7 @@ def describe() -> dict[str, Any]:
                 "operationId": name,
                 "summary": (verb.body.__doc__ or "").split("\n")[0],
                 "parameters": [engine],
-                "requestBody": json_of(ref[verb.body]),
+                "requestBody": {"required": verb.needs_body, **json_of(ref[verb.body])},
                 "responses": {"200": {"description": "Done", **json_of(ref[verb.answer])}, "default": failure},
             }
         }

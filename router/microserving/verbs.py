@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from microserve.runtime import messages
@@ -161,6 +162,12 @@ class Verb:
     body: type[Struct]
     make: Make
     answer: type[Struct]
+
+    @property
+    def needs_body(self) -> bool:
+        """Whether an empty body is refused: a field is required, or one of `prompt` and `text` is."""
+        required = any(field.required for field in msgspec.structs.fields(self.body))
+        return required or (issubclass(self.body, Prompted) and self.body is not CacheEvictBody)
 
 
 def _ids(body: Any) -> dict[str, Any]:
