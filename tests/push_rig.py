@@ -22,7 +22,7 @@ from microserve.runtime.errors import PeerError, TransferFailed, Unavailable
 from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from tests.cluster import Daemon
 
@@ -137,8 +137,15 @@ def expected(prompt: list[int]) -> list[int]:
     return fake_tokens(tokens, start, MODEL, count=OUTPUT)
 
 
-def make_cluster(*args: str, engines: int = 2) -> Cluster:
-    return Cluster(engines, engine_args=(*ENGINE, *args), digests=True, page_kib=1024, environ={"UCX_TLS": "tcp"})
+def make_cluster(*args: str, engines: int = 2, router_args: Sequence[str] = ()) -> Cluster:
+    return Cluster(
+        engines,
+        engine_args=(*ENGINE, *args),
+        router_args=router_args,
+        digests=True,
+        page_kib=1024,
+        environ={"UCX_TLS": "tcp"},
+    )
 
 
 def in_fleet(cluster: Cluster, work: Callable[[Rig], Awaitable[None]]) -> None:

@@ -12,7 +12,9 @@ import msgspec
 import pytest
 from tests.cluster import daemon_environ
 from tests.push_rig import LOST, OUTPUT, PAGES, Rig, expected, in_fleet, make_cluster, prompt_of
+from tests.soak import FOLDER
 
+from microserve.runtime.client import AsyncClient
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.errors import DeadlineExceeded, LeaseNotFound, MicroserveError, StaleEpoch
 from microserve.runtime.messages import Forgo, KvAddress, Released
@@ -261,6 +263,25 @@ def test_a_receiver_that_stalls_during_a_push(cluster: Cluster) -> None:
 
 
 # --- the router ----------------------------------------------------------------------------------------------------
+
+
+def test_a_router_that_dies_while_its_strategy_has_prepared_and_not_sent() -> None:
+    async def work(rig: Rig) -> None:
+        prompt, cluster = prompt_of(PAGES, seed=13), rig.cluster
+        async with AsyncClient(cluster.router) as client:
+            asking = asyncio.create_task(client.generate(prompt, max_tokens=OUTPUT))
+            await rig.receiver.until(lambda info: info.load.leased_pages >= PAGES)
+            assert cluster.router_daemon is not None
+            cluster.router_daemon.kill()
+            with pytest.raises(LOST):
+                await asking
+        await rig.receiver.until(lambda info: info.load.leased_pages == 0, limit=10)
+        # The next one, of the same name, is served by both.
+        await asyncio.to_thread(cluster.start_router)
+        await asyncio.to_thread(cluster.wait_ready, 2)
+
+    with make_cluster(router_args=("--strategy-folder", str(FOLDER), "--strategy", "prepares")) as own:
+        in_fleet(own, work)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])

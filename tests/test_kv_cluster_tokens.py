@@ -266,6 +266,7 @@ MOVES: dict[str, SettingValue] = {"cache_aware": False, "min_remote": 1}
 STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], int]] = {
     "data parallel": ("data_parallel", {}, 0),
     "cache aware": ("cache_aware", {}, 0),
+    "1P1D": ("one_pair", {}, 1),
     "2P1D": ("prefill_decode", MOVES, 2),
     "cache-aware 2P1D": ("prefill_decode", {}, 2),
     "split between two senders": ("shared", {}, 2),

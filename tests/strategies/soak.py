@@ -32,6 +32,15 @@ async def moved(request: Request, fleet: Fleet, *, ratio: float = 0.0, wait: boo
 
 
 @strategy
+async def one_pair(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+    """One engine prefills and one decodes, always the same two."""
+    kv = await fleet.engine("e0").prep_recv(end=-1)
+    sending = fleet.engine("e1").remote_send(kv)
+    async for chunk in fleet.engine("e0").start_generate(kv, watch=sending):
+        yield chunk
+
+
+@strategy
 async def shared(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
     """Two engines prefill a half each, a third decodes."""
     decode = fleet.pick()
