@@ -266,7 +266,8 @@ def _check_role(role: str, body: EngineVerb | RouterVerb) -> None:
     else:
         allowed = role == "client" and not isinstance(body, _ADMINS)
     if not allowed:
-        raise Forbidden(f"a key of role {role} may not call {type(body).__name__}")
+        asked = type(body).__name__ if not isinstance(body, EngineCall) else f"{type(body.body).__name__} on an engine"
+        raise Forbidden(f"a key of role {role} may not call {asked}")
 
 
 def _cancel(task: asyncio.Task[None], _reason: MicroserveError) -> None:

@@ -69,7 +69,7 @@ def test_a_fleet_with_keys_serves_those_who_have_one_and_nobody_else(folder: Pat
                 assert client.generate([1, 2, 3], max_tokens=4, ignore_eos=True).finish_reason == "length"
                 with pytest.raises(Forbidden, match="may not call SetStrategy"):
                     client.set_strategy("data_parallel")
-                with pytest.raises(Forbidden, match="may not call EngineCall"):
+                with pytest.raises(Forbidden, match="may not call Drain on an engine"):
                     client.engine("e0").drain()
             with Client(cluster.router, key_file=folder / "root.key") as admin:
                 admin.engine("e0").stats()

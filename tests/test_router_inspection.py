@@ -13,7 +13,7 @@ from microserve.router.bus_api import RouterApi
 from microserve.router.events import EventLog
 from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.runtime.async_client import AsyncClient
-from microserve.runtime.errors import Cancelled, ModelNotFound, ProtocolError
+from microserve.runtime.errors import Cancelled, InvalidRequest, ModelNotFound
 from microserve.runtime.ids import Peer
 from microserve.runtime.messages import (
     CacheEvict,
@@ -248,9 +248,9 @@ def test_a_flood_is_one_event_and_is_counted() -> None:
 
 def test_limits_are_checked_where_they_arrive() -> None:
     async def work(world: World, client: AsyncClient) -> None:
-        with pytest.raises(ProtocolError, match="Expected `int` <= 256"):
+        with pytest.raises(InvalidRequest, match="Expected `int` <= 256"):
             await client.requests(recent=257)
-        with pytest.raises(ProtocolError, match="Expected `int` >= 1"):
+        with pytest.raises(InvalidRequest, match="Expected `int` >= 1"):
             await client.events(limit=0)
         assert (await client.events()).events == []
 

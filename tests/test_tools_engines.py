@@ -137,7 +137,7 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Cluster(engines=1, engine_args=args, router_args=("--key-file", key["r"])) as cluster:
         monkeypatch.delenv("MICROSERVE_KEY_FILE")
         # Whoever may send requests may look at engines, and at nothing of others' requests; nothing is changed.
-        looks: list[tuple[str, ...]] = [("status",), ("engines",), ("engines", "e0"), ("cache", "list", "e0")]
+        looks: list[tuple[str, ...]] = [("status",), ("engines",), ("engines", "e0")]
         for words in looks:
             shown = command(cluster, *words, "--key-file", key["me"])
             assert (shown.code, shown.err) == (0, ""), words
@@ -145,10 +145,12 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ("requests",): "ListRequests",
             ("requests", "abort", "x", "--yes"): "AbortRequest",
             ("events",): "ListEvents",
-            ("drain", "e0", "--yes"): "EngineCall",
-            ("resume", "e0"): "EngineCall",
-            ("cache", "pin", "e0", "--tokens", "1"): "EngineCall",
-            ("cache", "evict", "e0", "--all", "--yes"): "EngineCall",
+            ("drain", "e0", "--yes"): "Drain on an engine",
+            ("resume", "e0"): "Resume on an engine",
+            ("cache", "list", "e0"): "CachePrefixes on an engine",
+            ("cache", "match", "e0", "--tokens", "1"): "CacheMatch on an engine",
+            ("cache", "pin", "e0", "--tokens", "1"): "CachePin on an engine",
+            ("cache", "evict", "e0", "--all", "--yes"): "CacheEvict on an engine",
         }
         for words, verb in refused.items():
             shown = command(cluster, *words, "--key-file", key["me"])

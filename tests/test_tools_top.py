@@ -439,7 +439,7 @@ def test_a_key_that_may_not_is_told_so(tmp_path: Path) -> None:
         async with top(cluster.router, key_file=str(folder / "ann.key")) as it:
             await it.until(lambda: it.rows("engines"), "the engine")
             await it.press("d", "y")
-            await it.until(lambda: any("may not call EngineCall" in each for each in it.said()), "the refusal")
+            await it.until(lambda: any("may not call Drain on an engine" in each for each in it.said()), "the refusal")
             await it.press("2")
             await it.until(lambda: "may not call ListRequests" in it.text("banner"), "why there are no requests")
             await it.press("1")
