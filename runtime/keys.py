@@ -161,7 +161,7 @@ class BusSecurity:
         ring = key_file.parent / AUTHORIZED_FILE
         if identity.role in DAEMONS and identity.fleet_secret is None:
             raise ConfigError(
-                f"{key_file}: a {identity.role} needs the fleet's secret; make it with 'microserve keys new'"
+                f"{key_file}: the role {identity.role} needs the fleet's secret; make it with 'microserve keys new'"
             )
         if identity.role not in DAEMONS and not ring.exists():
             return cls(identity, _NO_RING, key_file)
@@ -178,6 +178,16 @@ class BusSecurity:
             )
         return replace(self, identity=found)
 
+    def check_name(self, kind: str, name: str) -> None:
+        """Raises `ConfigError` when a daemon is another than its key says: nobody else would let it in, or say why."""
+        ours = self.identity
+        if kind in DAEMONS and (kind, name) != (ours.role, ours.name):
+            also = f", or leave {kind}_id out" if kind == ours.role else ""
+            raise ConfigError(
+                f"key_file is the key of {ours.role} {ours.name!r}, and cannot speak as {kind} {name!r}: "
+                f"make one for it ('microserve keys new'){also}"
+            )
+
     def admit(self, hello: Hello, public: str) -> str:
         """The role of whoever says `hello` with that key. Raises `Unauthorized` or `Forbidden`."""
         key = self.ring.find(public)
@@ -186,12 +196,12 @@ class BusSecurity:
         expected = {"engine": "engine", "router": "router"}.get(hello.kind)
         if expected is not None and key.role != expected:
             raise Forbidden(
-                f"the key of {key.name!r} is a {key.role}'s; it cannot speak as {hello.kind} {hello.name!r}"
+                f"the key of {key.name!r} is for the role {key.role}; it cannot speak as {hello.kind} {hello.name!r}"
             )
         if expected is not None and key.name != hello.name:
             raise Forbidden(f"the key of {key.name!r} cannot speak as {hello.kind} {hello.name!r}")
         if expected is None and key.role in DAEMONS:
-            raise Forbidden(f"the key of {key.name!r} is a {key.role}'s; it cannot speak as a {hello.kind}")
+            raise Forbidden(f"the key of {key.name!r} is for the role {key.role}; it cannot speak as a {hello.kind}")
         return key.role
 
     def knows(self, peer: Peer) -> bool:

@@ -199,6 +199,18 @@ def test_a_key_file_that_others_can_read_stops_the_daemon(folder: Path) -> None:
     assert "chmod 600" in said
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("microserve.router", "--http-port", "0"), ("microserve.engine", *FAKE)],
+)
+def test_a_daemon_called_other_than_its_key_does_not_start(arguments: tuple[str, ...], folder: Path) -> None:
+    """Nobody would let it in, and it would look well."""
+    kind = arguments[0].partition(".")[2]
+    key = folder / f"{'r' if kind == 'router' else 'e0'}.key"
+    code, said = ended(*arguments, "--bind", "tcp://127.0.0.1:*", "--key-file", str(key), f"--{kind}-id", "other")
+    assert (code, f"cannot speak as {kind} 'other'" in said) == (2, True), said
+
+
 @pytest.mark.parametrize("kind", ["router", "engine"])
 def test_a_service_manager_hears_ready_status_and_stopping(kind: str, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

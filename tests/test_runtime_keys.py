@@ -99,13 +99,36 @@ def test_an_authorized_key_gets_in_and_its_role_is_known(folder: Path, key: str,
     run(work)
 
 
-def test_without_a_key_nobody_gets_in_and_it_is_counted(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("me", "said"),
+    [
+        (CLIENT, "asks for a key: --key-file or MICROSERVE_KEY_FILE (or it is no router's bus)"),
+        (ENGINE, "asks for a key, and key_file is not set"),
+    ],
+)
+def test_without_a_key_nobody_gets_in_and_it_is_counted(folder: Path, me: Peer, said: str) -> None:
     async def work() -> None:
-        router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, None, CLIENT), Recorder()
+        router, dialler, server = bus(folder, "router-0", ROUTER), bus(folder, None, me), Recorder()
         try:
             listener = await router.listen("tcp://127.0.0.1:*", server)
-            assert "refused our key" in await refused(dialler, listener.endpoint, Unauthorized)
+            assert await refused(dialler, listener.endpoint, Unauthorized) == f"{listener.endpoint} {said}"
             await counted(router)
+            assert server.sessions == []
+        finally:
+            await dialler.close()
+            await router.close()
+
+    run(work)
+
+
+def test_who_presents_a_key_where_there_are_none_is_told_of_that_too(folder: Path) -> None:
+    async def work() -> None:
+        router, dialler, server = bus(folder, None, ROUTER), bus(folder, "me", CLIENT), Recorder()
+        try:
+            listener = await router.listen("tcp://127.0.0.1:*", server)
+            assert await refused(dialler, listener.endpoint, Unauthorized) == (
+                f"{listener.endpoint} refused our key: it is not authorized there, or no keys are used there"
+            )
             assert server.sessions == []
         finally:
             await dialler.close()
@@ -367,6 +390,32 @@ def test_a_client_key_cannot_listen(folder: Path) -> None:
                 await mine.listen("tcp://127.0.0.1:*", Recorder())
         finally:
             await mine.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("key", "me", "advice"),
+    [
+        ("router-0", Peer("router", "other", 3), "make one for it ('microserve keys new'), or leave router_id out"),
+        ("engine-0", Peer("router", "engine-0", 3), "make one for it ('microserve keys new')"),
+        ("router-0", ENGINE, "make one for it ('microserve keys new')"),
+    ],
+)
+def test_a_daemon_does_not_listen_under_another_name_than_its_keys(
+    folder: Path, key: str, me: Peer, advice: str
+) -> None:
+    async def work() -> None:
+        posing = bus(folder, key, me)
+        try:
+            with pytest.raises(ConfigError) as caught:
+                await posing.listen("tcp://127.0.0.1:*", Recorder())
+            owner = f"{key.removesuffix('-0')} '{key}'"
+            assert caught.value.message == (
+                f"key_file is the key of {owner}, and cannot speak as {me.kind} {me.name!r}: {advice}"
+            )
+        finally:
+            await posing.close()
 
     run(work)
 

@@ -67,6 +67,8 @@ class ZmqBus:
         self._doorman = Doorman(self._context, security) if security is not None else None
 
     async def listen(self, endpoint: str, handler: SessionHandler) -> ZmqListener:
+        if self.security is not None:
+            self.security.check_name(self.me.kind, self.me.name)
         listener = ZmqListener(self, endpoint, handler)
         self._listeners.add(listener)
         self._start_ticking()

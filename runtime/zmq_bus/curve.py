@@ -57,7 +57,7 @@ def secure(socket: zmq.Socket[bytes], security: BusSecurity, *, binds: bool) -> 
     if binds:
         if identity.fleet_secret is None:
             socket.close(0)
-            raise ConfigError(f"the key of {identity.name!r} is a {identity.role}'s: it cannot listen")
+            raise ConfigError(f"the key of {identity.name!r} is for the role {identity.role}: it cannot listen")
         socket.curve_secretkey = identity.fleet_secret.encode()
         socket.curve_server = True
         socket.setsockopt(zmq.ZAP_DOMAIN, b"microserve")

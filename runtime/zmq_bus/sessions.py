@@ -69,7 +69,15 @@ class Dialled:
 
     def _refused(self) -> None:
         # A restarted peer's half-open socket fails a handshake, too; only who has not greeted yet learns from it.
-        self.session.give_up(Unauthorized(f"{self.session.peer.name} refused our key, or does not know keys"))
+        # Nor does libzmq say which of the two it was.
+        peer = self.session.peer.name
+        if self._bus.security is not None:
+            why = f"{peer} refused our key: it is not authorized there, or no keys are used there"
+        elif self._bus.me.kind == "client":
+            why = f"{peer} asks for a key: --key-file or MICROSERVE_KEY_FILE (or it is no router's bus)"
+        else:
+            why = f"{peer} asks for a key, and key_file is not set"
+        self.session.give_up(Unauthorized(why))
 
     def drain(self) -> None:
         self._port.drain()
