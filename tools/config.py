@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 from microserve.runtime.config import EngineConfig, RouterConfig, explain_config, load_config
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.keys import check_exposed, is_loopback
+from microserve.runtime.look import Seen, look_at_key
 from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
@@ -45,22 +47,46 @@ def main(argv: Sequence[str]) -> int:
 def _check(files: Sequence[Path], kind: str | None, *, as_json: bool) -> int:
     results = []
     for file in files:
-        error = ""
+        seen = Seen()
         found = ""
-        try:
+        with seen.told():
             found = kind or kind_of(file)
             for each in found.split("+"):
-                _check_exposure(load_config(_KINDS[each], file=file))
-        except ConfigError as problem:
-            error = problem.message
-        results.append({"file": str(file), "kind": found, "error": error})
-        if not as_json:
-            said = error or f"valid ({found})"
-            said = said if str(file) in said else f"{file}: {said}"
-            print(said, file=sys.stderr if error else sys.stdout)
+                _look(each, file, seen)
+        results.append(
+            {"file": str(file), "kind": found, "error": "; ".join(seen.errors), "warnings": list(seen.warnings)}
+        )
+        if as_json:
+            continue
+        for said in seen.errors:
+            print(said if str(file) in said else f"{file}: {said}", file=sys.stderr)
+        for said in seen.warnings:
+            print(f"{file}: warning: {said}", file=sys.stderr)
+        if not seen.errors:
+            print(f"{file}: valid ({found})")
     if as_json:
         print(msgspec.json.encode(results).decode())
     return 2 if any(result["error"] for result in results) else 0
+
+
+def _look(kind: str, file: Path, seen: Seen) -> None:
+    """Everything that the daemon looks at before it serves. Raises `ConfigError` when the file itself is wrong."""
+    config = load_config(_KINDS[kind], file=file)
+    with seen.told():
+        _check_exposure(config)
+    look_at_key(config, seen)
+    if not isinstance(config, RouterConfig):
+        return
+    # Its own module knows certificates and strategies; the command line loads nothing of a router.
+    command = [sys.executable, "-P", "-m", "microserve.router.look", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = msgspec.json.decode((done.stdout.splitlines() or [""])[-1], type=Seen)
+    except msgspec.DecodeError:
+        said = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        found = Seen([f"strategies or certificate could not be looked at: {said}"])
+    seen.errors += found.errors
+    seen.warnings += found.warnings
 
 
 def _check_exposure(config: EngineConfig | RouterConfig) -> None:
