@@ -145,11 +145,14 @@ def test_rules_of_prometheus(scrapes: dict[str, str]) -> None:
             )
             if family.type == "histogram":
                 assert any(sample.labels.get("le") == "+Inf" for sample in family.samples) or not family.samples
+
+
+def test_prometheus_finds_nothing_wrong(scrapes: dict[str, str]) -> None:
     promtool = shutil.which("promtool")
-    for text in scrapes.values() if promtool is not None else ():
-        done = subprocess.run(
-            [str(promtool), "check", "metrics"], input=text, capture_output=True, text=True, check=False
-        )
+    if promtool is None:
+        pytest.skip("no promtool here, so nobody checks metrics")
+    for text in scrapes.values():
+        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

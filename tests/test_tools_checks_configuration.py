@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -85,6 +86,14 @@ def test_the_files_that_are_looked_at_unasked(tmp_path: Path) -> None:
         ("note", f"{tmp_path}/etc/microserve/notes.toml is neither a router's configuration nor an engine's"),
         ("ok", f"{tmp_path}/etc/microserve/router.toml is valid (router)"),
         ("ok", f"{tmp_path}/home/.config/microserve/engine-0.toml is valid (engine)"),
+    ]
+
+
+def test_ones_own_files_are_where_systemd_has_its(tmp_path: Path) -> None:
+    asked = machine(tmp_path, files={"settings/microserve/engine-0.toml": ""})
+    named = replace(asked, environ={"XDG_CONFIG_HOME": f"{tmp_path}/settings"})
+    assert told(read_configuration(named, None, {}).findings) == [
+        ("ok", f"{tmp_path}/settings/microserve/engine-0.toml is valid (engine)")
     ]
 
 

@@ -126,7 +126,10 @@ def test_what_is_wrong_with_keys_for_http_is_told(tmp_path: Path, capsys: pytest
 
 
 def test_the_folder_is_the_systems_for_root_and_ones_own_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert keys.default_folder() == Path("/etc/microserve/keys")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert keys.default_folder() == Path.home() / ".config/microserve/keys"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/settings")
+    assert keys.default_folder() == Path("/settings/microserve/keys")

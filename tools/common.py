@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -96,6 +97,13 @@ def with_router(command: str, options: argparse.Namespace, work: Callable[[Async
 
     with errors_told(command, options.router):
         return asyncio.run(main())
+
+
+def config_home(home: Path | None = None, named: str | None = None) -> Path:
+    """Where a user's configuration is: $XDG_CONFIG_HOME (`named`), as systemd has it, or ~/.config."""
+    named = os.environ.get("XDG_CONFIG_HOME", "") if named is None else named
+    # A relative one is nobody's: the specification has it ignored.
+    return Path(named) if os.path.isabs(named) else (home or Path.home()) / ".config"
 
 
 def confirm(parser: argparse.ArgumentParser, question: str, *, yes: bool) -> None:

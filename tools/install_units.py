@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.tools.common import command_parser
+from microserve.tools.common import command_parser, config_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 UNITS = ("microserve-router.service", "microserve-engine@.service", "microserve.target")
 EXAMPLES = {"router.toml": "router.toml", "engine-0.toml": "engine.toml"}
 USER = "microserve"
+
+_HOME = "/var/lib/microserve"
+_MAKE_USER = ["useradd", "--system", "--user-group", "--home-dir", _HOME, "--shell", "/usr/sbin/nologin", USER]
 
 _SYSTEM = f"""User={USER}
 Group={USER}"""
@@ -84,9 +87,10 @@ class Places:
         return cls(root / "etc/systemd/system", root / "etc/microserve", "/etc/microserve", True)
 
     @classmethod
-    def of_user(cls, home: Path) -> Places:
-        config = home / ".config/microserve"
-        return cls(home / ".config/systemd/user", config, str(config), False)
+    def of_user(cls, folder: Path) -> Places:
+        """`folder` is where the user's configuration is: `common.config_home`."""
+        config = folder / "microserve"
+        return cls(folder / "systemd/user", config, str(config), False)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--remove", action="store_true", help="disable the units, take them away; configuration stays")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="install below DIR (for images)")
     arguments = parser.parse_args(argv)
-    places = Places.of_user(Path.home()) if arguments.user else Places.of_system(arguments.root)
+    places = Places.of_user(config_home()) if arguments.user else Places.of_system(arguments.root)
     here = arguments.root == Path("/")
     if here and not arguments.dry_run and places.system and os.geteuid() != 0:
         print("microserve install-units: error: needs root; try --user, or --dry-run to see", file=sys.stderr)
@@ -113,12 +117,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             install(places, work, make_user=here and places.system)
         if here and places.system and not arguments.remove:
-            # The daemons read it, and nobody else: keys may stand in it.
-            work.run(["chgrp", "-R", USER, str(places.config)])
-            # What root writes into it later belongs to who owns it: see `runtime.keys.replace_file`.
-            keys = str(places.config / "keys")
-            work.run(["install", "-d", "-m", "700", keys])
-            work.run(["chown", "-R", f"{USER}:{USER}", keys])
+            for command in _owning(str(places.config)):
+                work.run(command)
         if here and work.units_changed:
             work.run([*control.split(), "daemon-reload"])
     except OSError as error:
@@ -126,14 +126,18 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if arguments.remove:
         print(f"\nwhat runs goes on until it is stopped: {control} stop 'microserve*'")
-        return 0
+        return 1 if work.failed else 0
+    if places.system and not here:
+        commands = (_MAKE_USER, *_owning(places.named_config))
+        print("\nnote: the units' user and their configuration's group are still to be made; in the image, as root:")
+        print("\n".join(f"  {' '.join(command)}" for command in commands))
     if places.system and (closed := _closed_to_others()) is not None:
         print(
             f"\nnote: {closed} is closed to others, and the user {USER} runs what is below it: install microserve "
             "elsewhere (a virtual environment in /opt), or open it"
         )
     print(_next_steps(places))
-    return 0
+    return 1 if work.failed else 0
 
 
 class Work:
@@ -141,6 +145,8 @@ class Work:
 
     def __init__(self, *, dry: bool, say: Callable[[str], None] = print) -> None:
         self.units_changed = False
+        self.failed = False
+        """Whether a command did."""
         self._dry = dry
         self._say = say
 
@@ -148,9 +154,9 @@ class Work:
         """`keep`: a file that exists stays as it is, whatever it says."""
         present = path.read_text(encoding="utf-8") if path.exists() else None
         if present == text or (keep and present is not None):
-            self._say(f"unchanged  {path}")
+            self._tell(f"unchanged  {path}")
             return
-        self._say(f"{self._word('write')}  {path}")
+        self._tell(f"{self._word('write')}  {path}")
         self.units_changed |= not keep
         if not self._dry:
             if not path.parent.is_dir():
@@ -161,25 +167,34 @@ class Work:
 
     def delete(self, path: Path) -> None:
         if not path.exists():
-            self._say(f"not there  {path}")
+            self._tell(f"not there  {path}")
             return
-        self._say(f"{self._word('remove')}  {path}")
+        self._tell(f"{self._word('remove')}  {path}")
         self.units_changed = True
         if not self._dry:
             path.unlink()
 
     def run(self, command: Sequence[str]) -> None:
-        """A failure is told, and is not the end: a container may have no service manager."""
-        self._say(f"{self._word('run')}  {' '.join(command)}")
+        """A failure is told, and what comes after it is done all the same; nor need the program be there: a container
+        may have no service manager."""
+        self._tell(f"{self._word('run')}  {' '.join(command)}")
         if self._dry:
             return
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            self._say(f"  {command[0]} is not there: run it yourself where it is")
+            self._tell(f"  {command[0]} is not there: run it yourself where it is")
             return
         if done.returncode:
-            self._say(f"  it failed: {(done.stderr or done.stdout).strip()}")
+            self.failed = True
+            self._tell(f"  it failed: {(done.stderr or done.stdout).strip()}")
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._say(text)
+        except BrokenPipeError:
+            # Whoever read has left (`| head`): what was begun is done all the same.
+            self._say = lambda text: None
 
     def _word(self, verb: str) -> str:
         return f"would {verb}" if self._dry else f"{verb}   "
@@ -188,12 +203,23 @@ class Work:
 def install(places: Places, work: Work, *, make_user: bool) -> None:
     """Writes units and example configuration. Idempotent. Raises `OSError`."""
     if make_user and not _user_exists():
-        home = "/var/lib/microserve"
-        work.run(["useradd", "--system", "--user-group", "--home-dir", home, "--shell", "/usr/sbin/nologin", USER])
+        work.run(_MAKE_USER)
     for name in UNITS:
         work.write(places.units / name, unit_text(name, places), mode=0o644)
     for name, source in EXAMPLES.items():
         work.write(places.config / name, _data(source).replace("NAME", "0"), mode=0o640, keep=True)
+
+
+def _owning(config: str) -> list[list[str]]:
+    """What gives the configuration to the units' user."""
+    keys = f"{config}/keys"
+    return [
+        # The daemons read it, and nobody else: keys may stand in it.
+        ["chgrp", "-R", USER, config],
+        # What root writes into it later belongs to who owns it: see `runtime.keys.replace_file`.
+        ["install", "-d", "-m", "700", keys],
+        ["chown", "-R", f"{USER}:{USER}", keys],
+    ]
 
 
 def remove(places: Places, work: Work) -> None:

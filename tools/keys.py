@@ -32,7 +32,7 @@ from microserve.runtime.keys import (
     revoke,
 )
 from microserve.runtime.zmq_bus import new_key_pair
-from microserve.tools.common import command_parser
+from microserve.tools.common import command_parser, config_home
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,7 @@ def _shielded(argv: Sequence[str]) -> list[str]:
 
 def default_folder() -> Path:
     """Where a fleet's keys are, unless told otherwise."""
-    return Path("/etc/microserve/keys") if os.geteuid() == 0 else Path.home() / ".config/microserve/keys"
+    return Path("/etc/microserve/keys") if os.geteuid() == 0 else config_home() / "microserve/keys"
 
 
 def _parser() -> argparse.ArgumentParser:

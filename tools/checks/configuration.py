@@ -47,7 +47,7 @@ def default_files(machine: Machine) -> tuple[list[Path], list[Finding]]:
     """The system's and our own configuration files, and folders that may not be looked into."""
     files: list[Path] = []
     findings: list[Finding] = []
-    for folder in (machine.root / SYSTEM_FOLDER, machine.home / ".config/microserve"):
+    for folder in (machine.root / SYSTEM_FOLDER, machine.config_home / "microserve"):
         try:
             names = sorted(os.listdir(folder))
         except PermissionError:

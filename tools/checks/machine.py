@@ -79,6 +79,14 @@ class Machine:
             return ""
 
     @property
+    def config_home(self) -> Path:
+        """Where our own configuration is, and our own units."""
+        # Imported here: what is said of broken packages must not need them.
+        from microserve.tools.common import config_home
+
+        return config_home(self.home, self.environ.get("XDG_CONFIG_HOME", ""))
+
+    @property
     def gpus(self) -> list[Path]:
         """NVIDIA's devices."""
         return sorted(self.root.glob("dev/nvidia[0-9]*"))

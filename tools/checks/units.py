@@ -22,7 +22,7 @@ def check_units(machine: Machine) -> list[Finding]:
     if machine.find("systemctl") is None or not (machine.root / "run/systemd/system").is_dir():
         return [note("units", "no systemd here: nothing restarts a daemon that ends", "see `microserve up`")]
     findings = []
-    for places in (Places.of_system(machine.root), Places.of_user(machine.home)):
+    for places in (Places.of_system(machine.root), Places.of_user(machine.config_home)):
         if any((places.units / name).exists() for name in UNITS):
             findings += _installed(machine, places)
     if not findings:
