@@ -71,6 +71,8 @@ def test_one_engine_as_json(cluster: Cluster) -> None:
     assert found["load"]["cached_pages"] == 3
     [link] = found["links"]
     assert (link["engine_id"], link["state"], link["failures"]) == ("e1", "ready", 0)
+    assert link["epoch"] == command(cluster, "engines", "e1", "--json").json["info"]["epoch"]
+    assert f"\nepoch     {found['info']['epoch']}, up " in command(cluster, "engines", "e0").out
     assert link["sent_bytes"] == found["load"]["sent_bytes"] > 0
     assert command(cluster, "engines", "e1", "--json").json["load"]["received_bytes"] == link["sent_bytes"]
     assert link["gigabytes_per_second"] > 0

@@ -38,18 +38,26 @@ def test_lines_and_json(cluster: Cluster) -> None:
     assert [set(event) for event in events] == [set(FleetEvent.__struct_fields__)] * len(events)
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert {"joined", "connected", "strategy"} <= {event["kind"] for event in events}
-    assert events[0] | {"at": 0, "epoch": 0} == {
+    assert events[0] | {"at": 0, "epoch": ""} == {
         "seq": 1,
         "at": 0,
         "kind": "joined",
         "engine": "e0",
-        "epoch": 0,
+        "epoch": "",
         "detail": "tokens-only",
     }
     lines = [LINE.fullmatch(line) for line in command(cluster, "events").out.splitlines()]
     assert [(int(line[1]), line[2], line[3] or "", line[4]) for line in lines if line is not None] == [
         (event["seq"], event["kind"], event["engine"], event["detail"]) for event in events
     ]
+
+
+def test_an_epoch_is_one_text_in_lines_and_json(cluster: Cluster) -> None:
+    """As in logs and metrics: a search for what one shows finds the others."""
+    said = command(cluster, "events").out
+    epochs = {event["epoch"] for event in as_json(command(cluster, "events", "--json").out) if event["engine"]}
+    assert {each["info"]["epoch"] for each in command(cluster, "engines", "--json").json} == epochs
+    assert [epoch for epoch in epochs if f"joined         e0@{epoch}  " in said] == list(epochs)
 
 
 def test_after_and_limit(cluster: Cluster) -> None:

@@ -70,8 +70,8 @@ def test_the_headline() -> None:
 
 
 def test_json_has_every_field() -> None:
-    shown = json.loads(as_json(STATUS))
-    assert shown["router"] == "r"
+    shown = json.loads(as_json(replace(STATUS, epoch=0x64C1)))
+    assert (shown["router"], shown["epoch"]) == ("r", "64c1")
     (engine,) = shown["engines"]
     assert (engine["id"], engine["state"], engine["charged"]) == ("gpu-a", "ready", 5)
     assert engine["load"]["leased_pages"] == 0

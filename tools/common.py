@@ -128,9 +128,12 @@ def print_json(value: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Messages as what JSON knows."""
+    """Messages as what JSON knows. Epochs are text, as logs and metrics have them: who searches for one finds it."""
     if isinstance(value, msgspec.Struct):
-        return {name: plain(each) for name, each in msgspec.structs.asdict(value).items()}
+        return {
+            name: f"{each:x}" if name.endswith("epoch") and isinstance(each, int) else plain(each)
+            for name, each in msgspec.structs.asdict(value).items()
+        }
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, dict):
