@@ -10,7 +10,7 @@ from msgspec.structs import fields, replace
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 C = TypeVar("C", bound=Struct)
 
@@ -58,15 +58,26 @@ class Reload(Generic[C]):
             self._live[name](config)
         self.config = config
         for name, before, after in changes:
-            was, now = _text(before), _text(after)
-            if name in applied:
-                _log.info("setting changed: applied", setting=name, was=was, now=now)
-            else:
-                hint = self._hints.get(name, "it needs a restart")
-                _log.warning("setting changed: not applied", setting=name, was=was, now=now, hint=hint)
+            for key, was, now in _differences(name, before, after):
+                if name in applied:
+                    _log.info("setting changed: applied", setting=key, was=was, now=now)
+                else:
+                    hint = self._hints.get(name, "it needs a restart")
+                    _log.warning("setting changed: not applied", setting=key, was=was, now=now, hint=hint)
         _log.info("configuration reloaded", applied=len(applied), not_applied=len(changes) - len(applied))
         # The last: it may be that less is logged from here on.
         self._changed(config)
+
+
+def _differences(key: str, before: Any, after: Any) -> Iterator[tuple[str, str, str]]:
+    """What changed of a setting, key by key of a table, as text."""
+    if not isinstance(before, Struct):
+        yield key, _text(before), _text(after)
+        return
+    for name in before.__struct_fields__:
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now:
+            yield from _differences(f"{key}.{name}", was, now)
 
 
 def _text(value: Any) -> str:

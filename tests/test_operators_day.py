@@ -219,11 +219,11 @@ async def day(cluster: Cluster, folder: Path, api_key: str) -> None:
         await asyncio.to_thread(keys, folder, "new", "eve", "--role", "client")
         eve = AsyncClient(cluster.router, key_file=folder / "eve.key", connect_timeout=2.0)
         await until_let_in(eve)
-        await asyncio.to_thread(keys, folder, "revoke", "eve")
+        await asyncio.to_thread(keys, folder, "revoke", "eve", "--yes")
         with pytest.raises((PeerLost, Unauthorized)):
             await ask_on(eve)
         await eve.close()
-        await asyncio.to_thread(keys, folder, "api", "revoke", "app")
+        await asyncio.to_thread(keys, folder, "api", "revoke", "app", "--yes")
         async with asyncio.timeout(30):
             while True:
                 if await http_answer(cluster, api_key) == 401:

@@ -8,7 +8,7 @@ import pytest
 
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.reload import Reload
-from microserve.runtime.settings import RouterConfig
+from microserve.runtime.settings import EngineConfig, FakeConfig, RouterConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,3 +78,12 @@ def test_what_is_wrong_changes_nothing(refuse: bool, caplog: pytest.LogCaptureFi
     assert daemon.reload.config is BEFORE
     assert daemon.done == []
     assert caplog.records == []
+
+
+def test_of_a_table_the_keys_that_changed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = EngineConfig(fake=FakeConfig(vocab_size=7, eos_after=2))
+    Reload(EngineConfig(), lambda: wanted, {})()
+    assert [record.__dict__["fields"] for record in caplog.records if record.levelname == "WARNING"] == [
+        {"setting": key, "was": was, "now": now, "hint": "it needs a restart"}
+        for key, was, now in (("fake.vocab_size", "32000", "7"), ("fake.eos_after", "-", "2"))
+    ]

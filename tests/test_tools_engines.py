@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 from tests.cluster import FAKE, Cluster, state_of
 from tests.command_support import command, usage_error
 
 from microserve.runtime.keys import new_identity
 from microserve.runtime.messages import Load
 from microserve.runtime.zmq_bus import new_key_pair
+from microserve.tools import fleet_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +54,15 @@ def test_the_table(cluster: Cluster) -> None:
     assert first[13:17] == [*second[15:17], "0", "B"]
     assert first[:13] == ["e0", "ready", "tokens-only", "0", "0/64", "0", "8,189", "0", "3", "0", "0", "5", "49%"]
     assert second[:2] == ["e1", "ready"]
+
+
+def test_eighty_columns_hold_the_table(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_view, "table_console", lambda: Console(file=sys.stdout, width=80, highlight=False))
+    title, first, _second, more = command(cluster, "engines").out.splitlines()
+    assert max(len(title), len(first)) <= 80
+    assert title.split() == ["engine", "state", "model", "running", "waiting", "free", "cached", "tokens", "hits"]
+    assert first.split()[:6] == ["e0", "ready", "tokens-only", "0/64", "0", "8,189"]
+    assert more == "left out to fit: requests, owned, leased, quarantined, sent, received, epoch, up; --json has all"
 
 
 def test_json_has_what_status_has(cluster: Cluster) -> None:

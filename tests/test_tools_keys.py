@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +33,7 @@ def test_new_list_authorize_revoke(tmp_path: Path, capsys: pytest.CaptureFixture
     public, _ = new_key_pair()
     assert main(["authorize", "guest", public, "--role", "admin", *place]) == 0
     assert listed(folder, capsys) == [("router-0", "router"), ("me", "client"), ("guest", "admin")]
-    assert main(["revoke", "me", *place]) == 0
+    assert main(["revoke", "me", "--yes", *place]) == 0
     assert listed(folder, capsys) == [("router-0", "router"), ("guest", "admin")]
     assert (folder / "me.key").exists()
 
@@ -56,6 +59,77 @@ def test_people_see_names_and_public_keys(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert main(["list", "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"me  client  {public}\n"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The JSON of a command that goes well, and has nothing else to say."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return json.loads(shown.out)
+
+
+def test_json_says_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, ring, keys_of_http = ("--folder", str(tmp_path)), tmp_path / "authorized.toml", tmp_path / "api_keys.toml"
+    made = said(capsys, "new", "me", "--role", "client", *place)
+    assert made == {
+        "name": "me",
+        "role": "client",
+        "public": read_identity(tmp_path / "me.key").public,
+        "key_file": str(tmp_path / "me.key"),
+        "authorized_file": str(ring),
+    }
+    public, _ = new_key_pair()
+    assert said(capsys, "authorize", "guest", public, "--role", "admin", *place) == {
+        "name": "guest",
+        "role": "admin",
+        "public": public,
+        "authorized_file": str(ring),
+    }
+    assert said(capsys, "revoke", "me", "--yes", *place) == {"name": "me", "authorized_file": str(ring)}
+    made = said(capsys, "api", "new", "ann", "--scope", "serve", *place)
+    found = ApiKeys(keys_of_http).check(made["key"])
+    assert made == {
+        "name": "ann",
+        "scope": "serve",
+        "id": found.id,
+        "key": made["key"],
+        "api_keys_file": str(keys_of_http),
+    }
+    assert said(capsys, "api", "revoke", "ann", "--yes", *place) == {"name": "ann", "api_keys_file": str(keys_of_http)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "question"),
+    [
+        ([], "Revoke the key of me? Its sessions end. [y/N] "),
+        (["api"], "Revoke the API key of me? What it has running ends. [y/N] "),
+    ],
+)
+def test_revoking_asks_first(
+    kind: list[str], question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--folder", str(tmp_path)]
+    assert main([*kind, "new", "me", *(["--scope", "serve"] if kind else ["--role", "client"]), *place]) == 0
+
+    def left() -> list[str]:
+        return [each["name"] for each in said(capsys, *kind, "list", *place)]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*kind, "revoke", "me", *place])
+    assert "there is nobody to ask: say --yes" in capsys.readouterr().err
+    for answer, code, kept in (("n\n", 1, ["me"]), ("", 1, ["me"]), ("y\n", 0, [])):
+        terminal = io.StringIO(answer)
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert main([*kind, "revoke", "me", *place]) == code
+        assert capsys.readouterr().err == question + ("nothing was done\n" if code else "")
+        assert left() == kept
+    # Of whom nobody knows nobody is asked.
+    assert main([*kind, "revoke", "me", *place]) == 1
+    assert question not in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +173,7 @@ def test_keys_for_http_come_and_go_in_any_file(tmp_path: Path, capsys: pytest.Ca
     place = ["--file", str(tmp_path / "some" / "where.toml")]
     for name, scope in (("ann", "serve"), ("root", "admin")):
         assert main(["api", "new", name, "--scope", scope, *place]) == 0
-    assert main(["api", "revoke", "ann", *place]) == 0
+    assert main(["api", "revoke", "ann", "--yes", *place]) == 0
     capsys.readouterr()
     assert main(["api", "list", "--json", *place]) == 0
     assert [(each["name"], each["scope"]) for each in json.loads(capsys.readouterr().out)] == [("root", "admin")]

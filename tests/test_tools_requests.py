@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ from tests.command_support import Terminal, command, usage_error
 
 from microserve.runtime.errors import Cancelled
 from microserve.runtime.messages import RequestInfo, SubRequestInfo
+from microserve.tools import fleet_view
 from microserve.tools import requests as requests_command
 
 if TYPE_CHECKING:
@@ -67,6 +69,17 @@ def test_what_runs_and_what_ran(cluster: Cluster, client: Client) -> None:
         done = rows[2].split()
         assert (done[1], done[4:7], done[-1]) == ("ok", ["3", "0", "4"], "tokens-only")
         assert command(cluster, "requests", "--recent", "1", "--json").json["recent"][0]["request_id"] == "done"
+
+
+def test_eighty_columns_hold_the_table(cluster: Cluster, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "request-" + "x" * 38
+    client.generate([1, 2, 3], max_tokens=4, ignore_eos=True, request_id=name)
+    monkeypatch.setattr(fleet_view, "table_console", lambda: Console(file=sys.stdout, width=80, highlight=False))
+    title, row, more = command(cluster, "requests", "--recent", "1").out.splitlines()
+    assert max(len(title), len(row)) <= 80, (title, row)
+    assert title.split() == ["request", "state", "age", "output", "engines"]
+    assert row.split()[:2] == [name, "ok"]
+    assert more == "left out to fit: TTFT, prompt, cached, strategy, model; --json has all"
 
 
 def test_one_request_and_its_timeline(cluster: Cluster, client: Client) -> None:

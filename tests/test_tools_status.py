@@ -13,7 +13,15 @@ from rich.console import Console
 from tests.cluster import FAKE, Cluster, daemon_environ
 
 from microserve.runtime.messages import EngineInfo, FleetEngine, Layout, Load, ModelInfo, StatusReply
-from microserve.tools.fleet_view import duration, fleet_table, headline, percent, print_whole
+from microserve.tools.fleet_view import (
+    duration,
+    fleet_table,
+    headline,
+    percent,
+    print_fitting,
+    print_fleet,
+    print_whole,
+)
 from microserve.tools.status import as_json
 
 ENGINE = FleetEngine(
@@ -119,3 +127,34 @@ def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
     head, row = (line.split() for line in out.getvalue().splitlines())
     assert (row[0], "…" in out.getvalue()) == (name, False)
     assert (head[-1], console.width) == ("heard", 80)
+
+
+@pytest.mark.parametrize(
+    ("width", "columns", "left_out"),
+    [
+        (120, "engine state model executor requests running waiting KV used prefix hits tokens heard", ""),
+        (80, "engine state model requests running waiting KV used tokens heard", "executor, prefix hits"),
+        (40, "engine state model running heard", "executor, requests, waiting, KV used, prefix hits, tokens"),
+    ],
+)
+def test_a_narrow_terminal_gets_the_columns_that_fit_and_the_names_of_the_others(
+    width: int, columns: str, left_out: str
+) -> None:
+    out = io.StringIO()
+    print_fleet(Console(file=out, width=width), STATUS)
+    head, row, *more = out.getvalue().splitlines()
+    assert " ".join(head.split()) == columns
+    assert max(len(head), len(row)) <= width
+    assert row.split()[:2] == ["gpu-a", "ready"]
+    assert more == ([f"left out to fit: {left_out}; --json has all"] if left_out else [])
+
+
+def test_what_is_wanted_in_any_case_is_shown_whole() -> None:
+    out = io.StringIO()
+    name = "n" * 50
+    print_fitting(Console(file=out, width=40), ("name", "what", "count>"), [[name, "w", "1"]], ("what",))
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["name", "count"],
+        [name, "1"],
+        ["left", "out", "to", "fit:", "what;", "--json", "has", "all"],
+    ]

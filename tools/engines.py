@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, InfoReply, PeerLink, StatsReply, StatusReply
 
 _PAGES = ("free", "owned", "cached", "leased", "quarantined")
+_COLUMNS = (
+    *("engine", "state", "model", "requests>", "running>", "waiting>", *(f"{name}>" for name in _PAGES)),
+    *("tokens>", "hits>", "sent>", "received>", "epoch>", "up>"),
+)
+_SPARE = ("model", "waiting>", "hits>", "free>", "cached>", "tokens>", "quarantined>", "up>", "requests>", "leased>",
+          "owned>", "epoch>", "sent>", "received>")  # fmt: skip
+"""Columns that a narrow terminal may do without, the most wanted first."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,34 +104,35 @@ def _show(found: Details, *, as_json: bool) -> int:
 
 def _show_all(status: StatusReply) -> None:
     # Imported here, and below: JSON needs no tables.
-    from microserve.tools.fleet_view import percent, plain_table, print_whole, table_console
+    from microserve.tools.fleet_view import percent, print_fitting, table_console
     from microserve.tools.tui.model import nbytes
 
     console = table_console()
     if not status.engines:
         console.print("no engines; start one with `microserve engine`")
         return
-    figures = ("requests>", "running>", "waiting>", *(f"{name}>" for name in _PAGES), "tokens>", "hits>")
-    table = plain_table("engine", "state", "model", *figures, "sent>", "received>", "epoch>", "up>")
     now = time.time()
+    rows: list[list[str | Text]] = []
     for engine in sorted(status.engines, key=lambda each: each.info.engine_id):
         info, load = engine.info, engine.load
-        table.add_row(
-            visible(info.engine_id),
-            _state(engine.state),
-            visible(info.model.name),
-            f"{engine.charged:,}",
-            f"{load.running:,}/{info.max_running:,}",
-            f"{load.waiting:,}",
-            *(f"{getattr(load, name + '_pages'):,}" for name in _PAGES),
-            f"{load.generated_tokens:,}",
-            percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
-            nbytes(load.sent_bytes),
-            nbytes(load.received_bytes),
-            f"{info.epoch:x}",
-            _uptime(engine, now),
+        rows.append(
+            [
+                visible(info.engine_id),
+                _state(engine.state),
+                visible(info.model.name),
+                f"{engine.charged:,}",
+                f"{load.running:,}/{info.max_running:,}",
+                f"{load.waiting:,}",
+                *(f"{getattr(load, name + '_pages'):,}" for name in _PAGES),
+                f"{load.generated_tokens:,}",
+                percent(load.prefix_hit_tokens, load.prefix_lookup_tokens),
+                nbytes(load.sent_bytes),
+                nbytes(load.received_bytes),
+                f"{info.epoch:x}",
+                _uptime(engine, now),
+            ]
         )
-    print_whole(console, table)
+    print_fitting(console, _COLUMNS, rows, _SPARE)
 
 
 def _show_details(found: Details) -> None:

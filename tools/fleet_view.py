@@ -10,10 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from microserve.runtime.messages import FleetEngine, StatusReply
 
 _STYLES = {"ready": "green", "draining": "yellow", "connecting": "yellow", "degraded": "red", "silent": "red"}
-
+_COLUMNS = ("engine", "state", "model", "executor", "requests>", "running>", "waiting>", "KV used>", "prefix hits>",
+            "tokens>", "heard>")  # fmt: skip
+_SPARE = ("model", "heard>", "KV used>", "waiting>", "requests>", "tokens>", "executor", "prefix hits>")
+"""Columns that a narrow terminal may do without, the most wanted first."""
 
 _WIDEST = 1000
 
@@ -41,6 +46,31 @@ def print_whole(console: Console, table: Table) -> None:
     console.width = before
 
 
+def print_fitting(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], spare: Sequence[str]
+) -> None:
+    """A table without as many of the `spare` columns, from the last on, as it takes to fit; it says which. What is
+    shown is whole: see `print_whole`."""
+    shown = list(columns)
+    table = _table(columns, rows, shown)
+    for name in reversed(spare):
+        if console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
+            break
+        shown.remove(name)
+        table = _table(columns, rows, shown)
+    print_whole(console, table)
+    left_out = ", ".join(name.removesuffix(">") for name in columns if name not in shown)
+    if left_out:
+        console.print(f"left out to fit: {left_out}; --json has all", style="dim", soft_wrap=True)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], shown: Sequence[str]) -> Table:
+    table = plain_table(*shown)
+    for row in rows:
+        table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in shown))
+    return table
+
+
 def headline(status: StatusReply) -> str:
     """The router in one line."""
     parts = [
@@ -56,11 +86,12 @@ def headline(status: StatusReply) -> str:
 
 def fleet_table(status: StatusReply) -> Table:
     """The engines, one a row."""
-    figures = ("requests>", "running>", "waiting>", "KV used>", "prefix hits>", "tokens>", "heard>")
-    table = plain_table("engine", "state", "model", "executor", *figures)
-    for engine in status.engines:
-        table.add_row(*_cells(engine))
-    return table
+    return _table(_COLUMNS, map(_cells, status.engines), _COLUMNS)
+
+
+def print_fleet(console: Console, status: StatusReply) -> None:
+    """The same, as much as fits."""
+    print_fitting(console, _COLUMNS, [_cells(engine) for engine in status.engines], _SPARE)
 
 
 def _cells(engine: FleetEngine) -> list[str | Text]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import RequestInfo, Requests
 
 _MOST_RECENT = 256
+_COLUMNS = ("request", "state", "age>", "TTFT>", "prompt>", "cached>", "output>", "engines", "strategy", "model")
+_SPARE = ("age>", "output>", "engines", "TTFT>", "prompt>", "cached>", "model", "strategy")
+"""Columns that a narrow terminal may do without, the most wanted first."""
 _AXIS = 30
 """Characters of a timeline."""
 
@@ -113,17 +116,15 @@ def _abort(parser: argparse.ArgumentParser, options: argparse.Namespace, names: 
 
 def _show_all(listed: Requests) -> None:
     # Imported here, and below: JSON needs no tables.
-    from microserve.tools.fleet_view import plain_table, print_whole, table_console
+    from microserve.tools.fleet_view import print_fitting, table_console
     from microserve.tools.tui.model import seconds, state_text
 
     console = table_console()
     if not listed.requests and not listed.recent:
         console.print("no requests")
         return
-    figures = ("age>", "TTFT>", "prompt>", "cached>", "output>")
-    table = plain_table("request", "state", *figures, "engines", "strategy", "model")
-    for request in [*listed.requests, *listed.recent]:
-        table.add_row(
+    rows: list[list[str | Text]] = [
+        [
             visible(request.request_id),
             state_text(visible(request.state)),
             # How long it took, of one that has ended.
@@ -135,8 +136,10 @@ def _show_all(listed: Requests) -> None:
             visible(", ".join(request.engines)) or "-",
             visible(request.strategy),
             visible(request.model),
-        )
-    print_whole(console, table)
+        ]
+        for request in [*listed.requests, *listed.recent]
+    ]
+    print_fitting(console, _COLUMNS, rows, _SPARE)
     if listed.active > len(listed.requests):
         console.print(f"and {listed.active - len(listed.requests):,} more that run or wait")
 

@@ -60,11 +60,11 @@ def engine_json(engine: FleetEngine) -> dict[str, object]:
 
 def show(status: StatusReply) -> None:
     # Imported here: JSON needs no tables.
-    from microserve.tools.fleet_view import fleet_table, headline, print_whole, table_console
+    from microserve.tools.fleet_view import headline, print_fleet, table_console
 
     console = table_console()
     console.print(headline(status))
     if status.engines:
-        print_whole(console, fleet_table(status))
+        print_fleet(console, status)
     else:
         console.print("no engines; start one with `microserve engine`")
