@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import shlex
 import shutil
 import subprocess
@@ -427,6 +428,22 @@ def test_without_a_terminal_it_says_so(cluster: Cluster) -> None:
     assert "needs a terminal" in done.stderr
     done = subprocess.run([*command, "--interval", "0"], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
+
+
+def test_errors_that_go_elsewhere_leave_no_blank_screen(cluster: Cluster) -> None:
+    """It draws on standard error: `microserve top 2>log`."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-P", "-m", "microserve.tools", "top", "--router", cluster.router]
+    try:
+        done = subprocess.run(
+            command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, check=False, env=daemon_environ(), timeout=60
+        )
+        shown = os.read(ours, 4096).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    said = "microserve top: needs a terminal for its input, output and errors; `microserve engines --json` does not"
+    assert (done.returncode, done.stderr.decode(), shown) == (2, f"{said}\n", f"{said}\r\n")
 
 
 def test_a_key_that_may_not_is_told_so(tmp_path: Path) -> None:

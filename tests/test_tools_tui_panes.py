@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from msgspec.structs import replace
 from tests.test_tools_status import ENGINE, STATUS
 from textual.widgets import RichLog, Static
 
-from microserve.runtime.errors import PeerLost
+from microserve.runtime.codec import pack_tokens
+from microserve.runtime.errors import PeerLost, Unauthorized
 from microserve.runtime.messages import (
     ActiveStrategy,
     Events,
@@ -47,11 +49,15 @@ class Router:
         self.happened: list[FleetEvent] = []
         self.prefixes: list[PrefixEntry] = []
         self.trouble: Exception | None = None
+        self.refuses: Exception | None = None
+        """What it says of a look at the fleet."""
         self.hangs = False
         self.settings: list[SettingInfo] = []
         self.done: list[str] = []
 
     async def status(self) -> Any:
+        if self.refuses is not None:
+            raise self.refuses
         return self.state
 
     async def requests(self, **_limits: int) -> Requests:
@@ -102,6 +108,10 @@ class Router:
 
     async def resume(self) -> None:
         self.done.append("resume")
+
+    async def cache_pin(self, ids: list[int], seconds: float) -> int:
+        self.done.append(f"pin {len(ids)} for {seconds:g}")
+        return len(ids)
 
 
 def _request(name: str, state: str) -> RequestInfo:
@@ -344,5 +354,132 @@ def test_long_names_leave_room_for_figures_and_a_short_screen_for_rows() -> None
         await it.pilot.resize_terminal(40, 10)
         await it.pilot.pause()
         assert len([line for line in it.screen().splitlines() if "gpu-no" in line]) == 4
+
+    run(work)
+
+
+def test_what_is_old_is_told_and_looks_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(it: Panes) -> None:
+        banner, panes = it.app.query_one("#banner"), it.app.query_one("#panes")
+        await it.look()
+        assert (banner.display, panes.has_class("stale")) == (False, False)
+        for trouble, said in (
+            (PeerLost("no router answers at tcp://router:1"), "no router answers at tcp://router:1 for 0 s"),
+            (Unauthorized("your key was revoked"), "your key was revoked"),
+        ):
+            it.router.refuses = trouble
+            await it.look()
+            assert (banner.display, panes.has_class("stale")) == (True, True)
+            assert it.text("banner").startswith(said)
+            assert it.screen().splitlines()[3].strip() == it.text("banner")
+        it.router.refuses = None
+        await it.look()
+        assert (banner.display, panes.has_class("stale")) == (False, False)
+
+    run(work)
+
+
+def test_a_small_screen_has_every_key_of_a_pane_and_the_way_out() -> None:
+    async def work(it: Panes) -> None:
+        for pane in "12345":
+            await it.press(pane)
+            await it.look()
+            assert it.screen().splitlines()[23].endswith("? help q quit"), pane
+        await it.press("4")
+        foot = " ".join(it.screen().splitlines()[23].split())
+        assert foot == "/ filter [] engine p pin u unpin e evict E evict all m migrate ? help q quit"
+
+    run(work)
+
+
+def test_the_head_has_the_rate_whatever_engines_do() -> None:
+    async def work(it: Panes) -> None:
+        for states, said in (
+            (("ready",), "1 ready   requests: 5 running, 1 queued, 464 in all"),
+            (("ready", "draining"), "1 draining, 1 ready   requests: 5 running, 1 queued"),
+            (("ready", "draining", "silent"), "1 of 3 ready   requests: 5 running, 1 queued"),
+        ):
+            engines = [
+                replace(ENGINE, state=state, info=replace(ENGINE.info, engine_id=f"e{index}"))
+                for index, state in enumerate(states)
+            ]
+            it.router.state = replace(STATUS, engines=engines, requests_total=464)
+            await it.look()
+            line = it.screen().splitlines()[1].strip()
+            assert re.fullmatch(f"{said}   0 tok/s ▁+", line), line
+        # A wider one has it all.
+        await it.pilot.resize_terminal(120, 24)
+        await it.look()
+        assert (
+            it.screen()
+            .splitlines()[1]
+            .strip()
+            .startswith(
+                "engines: 1 draining, 1 ready, 1 silent   requests: 5 running, 1 queued, 464 in all   0 tok/s ▁"
+            )
+        )
+
+    run(work)
+
+
+def test_prefixes_that_begin_alike_are_told_apart_on_a_small_screen() -> None:
+    def prefix(*tokens: int) -> PrefixEntry:
+        return PrefixEntry(prompt=pack_tokens(tokens), pages=1, references=0, pinned=False)
+
+    async def spelled(ids: list[int], *, model: str) -> str:
+        return "".join(f"<{each}>" for each in ids)
+
+    async def work(it: Panes) -> None:
+        shared = range(100, 160)
+        it.router.prefixes = [
+            prefix(*shared, 7, *range(200, 260)),
+            prefix(*shared, 8, *range(200, 260)),
+            prefix(*shared),
+        ]
+        it.router.detokenize = spelled  # type: ignore[method-assign]
+        await it.press("4")
+        await it.look()
+        shown = [line[line.index("<") :] for line in it.screen().splitlines() if "<100>" in line]
+        begin = "<100><101><102><"
+        assert shown[0].startswith(f"{begin} … <7><200><201>")
+        assert shown[1].startswith(f"{begin} … <8><200><201>")
+        # The end of one that goes on in others.
+        assert shown[2].startswith(f"{begin} … <136><137><138>")
+        # The ends are there still, for who scrolls or filters.
+        text = str(it.table("prefixes").get_row_at(0)[-1])
+        assert (text.count(" … "), text.endswith("<258><259>")) == (2, True)
+
+    run(work)
+
+
+def test_a_mouse_is_enough_for_dialogs() -> None:
+    async def work(it: Panes) -> None:
+        it.router.state = replace(
+            STATUS, engines=[replace(ENGINE, info=replace(ENGINE.info, engine_id=name)) for name in ("a", "b")]
+        )
+        it.router.prefixes = [PrefixEntry(prompt=pack_tokens(range(4)), pages=1, references=0, pinned=False)]
+        await it.press("4")
+        await it.look()
+
+        async def click(button: str, text: str) -> None:
+            assert text in it.screen()
+            await it.pilot.click(f"#{button}")
+            await it.pilot.pause()
+            assert len(it.app.screen_stack) == 1
+
+        await it.press("p")
+        await click("cancel", "Cancel (Esc)")
+        assert it.router.done == []
+        await it.press("p")
+        await click("yes", "Pin (Enter)")
+        assert it.router.done == ["pin 4 for 3600"]
+        await it.press("m")
+        assert "Move 4 tokens from a to:" in it.screen()
+        await click("cancel", "Cancel (Esc)")
+        # What is wrong is told, and the dialog stays.
+        await it.press("p", *["backspace"] * 4)
+        await it.pilot.click("#yes")
+        await it.pilot.pause()
+        assert "'' is no number of seconds" in it.screen()
 
     run(work)

@@ -27,8 +27,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.interval >= _SHORTEST:
         parser.error(f"--interval: at least {_SHORTEST} s, not {options.interval}")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print("microserve top: needs a terminal; `microserve engines --json` does not", file=sys.stderr)
+    # It draws on standard error, as textual does.
+    if not (sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()):
+        said = "needs a terminal for its input, output and errors; `microserve engines --json` does not"
+        print(f"microserve top: {said}", file=sys.stderr)
+        if sys.stdout.isatty() and not sys.stderr.isatty():
+            # Whoever sends errors elsewhere would see nothing at all.
+            print(f"microserve top: {said}")
         return 2
     try:
         import textual  # noqa: F401 - says so before anything is drawn

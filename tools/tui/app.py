@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from rich.text import Text
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.widgets import ContentSwitcher, Footer, Static
@@ -18,7 +17,7 @@ from microserve.tools.tui.cache import CachePane
 from microserve.tools.tui.dialogs import Help
 from microserve.tools.tui.events import EventsPane
 from microserve.tools.tui.fleet import FleetPane
-from microserve.tools.tui.model import FleetTrack, fitting, number, sparkline
+from microserve.tools.tui.model import FleetTrack, fitting, number, sparkline, totals_line
 from microserve.tools.tui.requests import RequestsPane
 from microserve.tools.tui.strategies import StrategiesPane
 
@@ -84,6 +83,8 @@ class TopApp(App[None]):
         self._status: StatusReply | None = None
         self._lost_at: float | None = None
         self._refusal = ""
+        self._old = False
+        """Whether the router's last answer was a refusal: what is shown was so before."""
         self._due = asyncio.Event()
         self.panes: dict[str, Pane] = {
             "fleet": FleetPane(client, self._track, id="fleet"),
@@ -101,7 +102,7 @@ class TopApp(App[None]):
 
     def compose(self) -> ComposeResult:
         yield from (self._router, self._totals, self._tabs, self._banner, self._switcher)
-        yield Footer()
+        yield Footer(compact=True)
 
     def on_mount(self) -> None:
         self._show_tabs()
@@ -135,14 +136,15 @@ class TopApp(App[None]):
         except (PeerLost, TimeoutError):
             self._lost_at = self._lost_at if self._lost_at is not None else self._clock()
         except MicroserveError as error:
-            self._refusal = error.message
+            # There is a router, and it does not want us: a key that was revoked, say.
+            self._refusal, self._old, self._lost_at = error.message, True, None
         else:
             await self._see(status)
         self._show_head()
 
     async def _see(self, status: StatusReply) -> None:
         pane, now = self.pane, self._clock()
-        self._status, self._lost_at = status, None
+        self._status, self._lost_at, self._old = status, None, False
         self._track.see(status, now)
         for each in self.panes.values():
             each.status = status
@@ -163,7 +165,7 @@ class TopApp(App[None]):
     def _show_head(self) -> None:
         status, banner = self._status, self._banner
         lost = self._lost_at
-        self._switcher.set_class(lost is not None, "stale")
+        self._switcher.set_class(lost is not None or self._old, "stale")
         if lost is not None:
             banner.update(f"no router answers at {self._endpoint} for {self._clock() - lost:.0f} s; trying again …")
         else:
@@ -174,15 +176,7 @@ class TopApp(App[None]):
             return
         parts = [f"router {status.router} {status.version}", f"up {duration(status.uptime)}", status.strategy]
         self._router.update(fitting([*parts, status.http] if status.http else parts, self.size.width - 2))
-        states: dict[str, int] = {}
-        for engine in status.engines:
-            states[engine.state] = states.get(engine.state, 0) + 1
-        engines = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
-        totals = Text(
-            f"engines: {engines}   requests: {status.active_requests} running, {status.queued_requests} queued, "
-        )
-        totals.append(f"{number(status.requests_total)} in all   ")
-        totals.append(f"{number(self._track.tokens)} tok/s ", "bold")
+        totals = totals_line(status, self.size.width - 2, f"{number(self._track.tokens)} tok/s ")
         left = max(0, self.size.width - 2 - totals.cell_len)
         totals.append(sparkline(self._track.history, 20)[-left:] if left else "", "cyan")
         self._totals.update(totals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,7 +23,7 @@ from microserve.tools.tui.model import matches, nbytes
 from microserve.tools.tui.pane import Pane
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterable
 
     from textual.app import ComposeResult
 
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import FleetEngine, PrefixEntry
     from microserve.tools.tui.live_table import Cell
 
-_COLUMNS = ("tokens>", "pages>", "used by>", "pinned", "begins and ends with")
+_COLUMNS = ("tokens>", "pages>", "used by>", "pinned", "begins … differs … ends with")
 _COUNT = 40
 _EVERY = 2.0
 _ENDS = 24
 """Tokens at either end of a prefix that are shown as text."""
+_SHARED = 16
+"""Characters that are shown of a beginning which others share: what sets a prefix apart comes behind it."""
 _TEXTS = 500
+_TURN = Binding.Group("engine", compact=True)
 
 
 class CachePane(Pane):
@@ -43,8 +47,8 @@ class CachePane(Pane):
 
     title = "Cache"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("left_square_bracket", "turn(-1)", "engine", key_display="["),
-        Binding("right_square_bracket", "turn(1)", "engine", key_display="]"),
+        Binding("left_square_bracket", "turn(-1)", "engine before", key_display="[", group=_TURN),
+        Binding("right_square_bracket", "turn(1)", "engine after", key_display="]", group=_TURN),
         Binding("p", "pin", "pin"),
         Binding("u", "unpin", "unpin"),
         Binding("e", "evict", "evict"),
@@ -56,6 +60,7 @@ class CachePane(Pane):
         super().__init__(client, id=id)
         self.engine_id = ""
         self._prefixes: dict[str, PrefixEntry] = {}
+        self._shared: dict[bytes, int] = {}
         self._texts: OrderedDict[bytes, str] = OrderedDict()
         self._looked = -_EVERY
         self._trouble = ""
@@ -96,12 +101,15 @@ class CachePane(Pane):
             self._show_which()
             return
         model = engine.info.model.name
-        await asyncio.gather(*(self._spell(end, model) for entry in prefixes for end in _ends(entry)))
+        shared = shared_bytes(entry.prompt for entry in prefixes)
+        pieces = (piece for prompt, size in shared.items() for piece in pieces_of(prompt, size))
+        await asyncio.gather(*(self._spell(piece, model) for piece in pieces))
         present = self.engine
         if present is not None and present.info.engine_id == name:
             self.engine_id, self._trouble = name, ""
             # No index: the cursor stays with a prefix when longer ones come.
             self._prefixes = {f"{hash(entry.prompt):x}": entry for entry in prefixes}
+            self._shared = shared
             self.show()
 
     async def _spell(self, tokens: bytes, model: str) -> None:
@@ -121,7 +129,9 @@ class CachePane(Pane):
     def show(self) -> None:
         rows: list[tuple[str, list[Cell]]] = []
         for key, entry in self._prefixes.items():
-            text = " … ".join(self._texts.get(end, "") for end in _ends(entry))
+            shared = self._shared[entry.prompt]
+            first, *rest = (self._texts.get(piece, "") for piece in pieces_of(entry.prompt, shared))
+            text = " … ".join([first[:_SHARED] if shared else first, *rest])
             if matches(self.pattern, text):
                 pinned = Text("pinned", "yellow") if entry.pinned else Text("")
                 tokens = len(entry.prompt) // 4
@@ -182,7 +192,7 @@ class CachePane(Pane):
             return
         name, ids = chosen
         answer = await self.app.push_screen_wait(
-            Ask(f"Keep {len(ids):,} tokens on {name} for how many seconds?", "3600", _ttl)
+            Ask(f"Keep {len(ids):,} tokens on {name} for how many seconds?", "3600", "Pin", _ttl)
         )
         if answer is not None:
             self.act("pinned", lambda: self._counted(self.client.engine(name).cache_pin(ids, float(answer)), "tokens"))
@@ -236,9 +246,35 @@ class CachePane(Pane):
         return f"{count:,} {unit}"
 
 
-def _ends(entry: PrefixEntry) -> list[bytes]:
+def shared_bytes(prompts: Iterable[bytes]) -> dict[bytes, int]:
+    """Of each prompt, how many bytes it begins like the one of the others that is most like it; whole tokens."""
+    found: dict[bytes, int] = {}
+    # In their order those that begin alike are neighbours.
+    ordered = sorted(set(prompts))
+    before = 0
+    for one, next_one in itertools.zip_longest(ordered, ordered[1:], fillvalue=b""):
+        after = _alike(one, next_one)
+        found[one] = max(before, after)
+        before = after
+    return found
+
+
+def _alike(one: bytes, other: bytes) -> int:
+    # By halves: prompts have hundreds of thousands of bytes, and comparing them whole is fast.
+    low, high = 0, min(len(one), len(other)) // 4
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[: 4 * middle] == other[: 4 * middle] else (low, middle - 1)
+    return 4 * low
+
+
+def pieces_of(prompt: bytes, shared: int) -> list[bytes]:
+    """What is shown of a prompt as text: how it begins, where it parts from others, how it ends."""
     size = 4 * _ENDS
-    return [entry.prompt] if len(entry.prompt) <= 2 * size else [entry.prompt[:size], entry.prompt[-size:]]
+    # One that goes on in another prompt has its end alone.
+    rest = prompt[shared:] or prompt[-size:]
+    ends = [rest] if len(rest) <= 2 * size else [rest[:size], rest[-size:]]
+    return [prompt[: min(shared, size)], *ends] if shared else ends
 
 
 def _ttl(text: str) -> str:

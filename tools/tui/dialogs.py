@@ -59,10 +59,11 @@ class Ask(ModalScreen[str | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = _CANCEL
 
-    def __init__(self, question: str, value: str, check: Callable[[str], str] = lambda text: "") -> None:
+    def __init__(self, question: str, value: str, yes: str, check: Callable[[str], str] = lambda text: "") -> None:
         super().__init__()
         self._question = visible(question)
         self._value = value
+        self._yes = yes
         self._check = check
 
     def compose(self) -> ComposeResult:
@@ -70,15 +71,21 @@ class Ask(ModalScreen[str | None]):
             yield Label(self._question, markup=False)
             yield Input(self._value, id="answer")
             yield Static("", id="wrong", markup=False)
+            with Horizontal(classes="buttons"):
+                yield Button("Cancel (Esc)", id="cancel")
+                yield Button(f"{self._yes} (Enter)", id="yes", variant="warning")
 
     @on(Input.Submitted)
-    def _submitted(self, event: Input.Submitted) -> None:
-        wrong = self._check(event.value)
+    @on(Button.Pressed, "#yes")
+    def _submitted(self) -> None:
+        answer = self.query_one("#answer", Input).value
+        wrong = self._check(answer)
         if wrong:
             self.query_one("#wrong", Static).update(wrong)
         else:
-            self.dismiss(event.value)
+            self.dismiss(answer)
 
+    @on(Button.Pressed, "#cancel")
     def action_cancel(self) -> None:
         self.dismiss(None)
 
@@ -97,11 +104,14 @@ class Choose(ModalScreen[str | None]):
         with Vertical(classes="dialog"):
             yield Label(self._question, markup=False)
             yield OptionList(*self._names, markup=False)
+            with Horizontal(classes="buttons"):
+                yield Button("Cancel (Esc)", id="cancel")
 
     @on(OptionList.OptionSelected)
     def _selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(self._names[event.option_index])
 
+    @on(Button.Pressed, "#cancel")
     def action_cancel(self) -> None:
         self.dismiss(None)
 

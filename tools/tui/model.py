@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from microserve.runtime.messages import FleetEngine, Load, PeerLink, RequestInfo, StatusReply, SubRequestInfo
+
+_LEAST_RATE = 8
+"""Columns in which a rate can be drawn."""
 
 SAMPLES = 60
 """Measurements of a rate that are kept."""
@@ -186,6 +189,25 @@ def fitting(parts: Sequence[str], width: int, between: str = " · ") -> str:
             break
         line = longer
     return line
+
+
+def totals_line(status: StatusReply, width: int, rate: str) -> Text:
+    """The fleet in one line that ends with `rate`, with room behind it to draw the rate: what is less wanted gives way,
+    and what nothing else tells stays."""
+    states = Counter(engine.state for engine in status.engines)
+    engines = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
+    some = f"{states['ready']} of {len(status.engines)} ready"
+    running, queued = f"{number(status.active_requests)} running", f"{number(status.queued_requests)} queued"
+    requests = f"requests: {running}, {queued}"
+    forms = (
+        f"engines: {engines}   {requests}, {number(status.requests_total)} in all   ",
+        f"{engines}   {requests}, {number(status.requests_total)} in all   ",
+        f"{engines}   {requests}   ",
+        f"{some}   {requests}   ",
+        f"{some}   {running}, {queued}   ",
+    )
+    line = next((form for form in forms if cell_len(form + rate) + _LEAST_RATE <= width), forms[-1])
+    return Text(line).append(rate, "bold")
 
 
 def cut(text: str, room: int) -> str:
