@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import daemon_environ
 
 from microserve.engine import daemon
-from microserve.engine.daemon import Engine, main, open_executor, serve
+from microserve.engine.daemon import Engine, main, open_engine_transport, open_executor, serve
 from microserve.engine.fake_executor import FakeExecutor
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.config import EngineConfig, FakeConfig
@@ -444,3 +444,17 @@ def test_a_process_with_limits_that_do_not_fit_ends_with_2() -> None:
     )
     assert done.returncode == 2
     assert "step_tokens (8) must be larger than max_running (64)" in done.stderr
+
+
+def test_kv_keeps_to_the_network_devices_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing asks there who somebody is: off this host only when that is said."""
+    opened: list[tuple[str, str, str]] = []
+
+    def open_transport(kind: str, _memory: object, *, name: str, devices: str) -> None:
+        opened.append((kind, name, devices))
+
+    monkeypatch.setattr(daemon, "open_transport", open_transport)
+    for options in ({}, {"ucx_devices": "mlx5_0:1", "transport": "nixl"}):
+        settings = config("tcp://127.0.0.1:1", **options)
+        open_engine_transport(settings, open_executor(settings), "e1@7")
+    assert opened == [("auto", "e1@7", "lo"), ("nixl", "e1@7", "mlx5_0:1")]

@@ -382,6 +382,55 @@ def test_events_reach_authorized_subscribers_alone(folder: Path, key: str | None
     run(work)
 
 
+def test_a_key_that_is_revoked_gets_no_more_events(folder: Path) -> None:
+    """Its connection would outlive it; of the others each is back at once."""
+    public = read_identity(folder / "root.key").public
+
+    async def work() -> None:
+        engine, mine = bus(folder, "engine-0", ENGINE), bus(folder, "me", CLIENT)
+        theirs = bus(folder, "root", Peer("client", "theirs", 1))
+        seen: dict[ZmqBus, list[int]] = {mine: [], theirs: []}
+        signal = Signal()
+
+        def receiver(which: ZmqBus) -> Callable[[EngineEvent], None]:
+            def receive(event: EngineEvent) -> None:
+                seen[which].append(event.seq)
+                signal.set()
+
+            return receive
+
+        assert engine.security is not None
+        ring, without = engine.security.ring, 0
+        try:
+            # Who listens looks at the list.
+            await engine.listen("tcp://127.0.0.1:*", Recorder())
+            publisher = await engine.publisher("tcp://127.0.0.1:*")
+            for each in seen:
+                await each.subscribe(publisher.endpoint, receiver(each))
+
+            async def publish() -> None:
+                nonlocal without
+                for number in range(1, 10_000):
+                    if not without and ring.find(public) is None:
+                        without = number
+                    publisher.publish(EngineEvent(engine_id="engine-0", epoch=7, seq=number, kind="load", load=Load()))
+                    await asyncio.sleep(0.01)
+
+            publishing = asyncio.create_task(publish())
+            await signal.until(lambda: all(len(each) >= 3 for each in seen.values()))
+            revoke(folder, "root")
+            await signal.until(lambda: without and seen[mine][-1] >= without + 20)
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+            assert max(seen[theirs]) < without
+        finally:
+            await mine.close()
+            await theirs.close()
+            await engine.close()
+
+    run(work)
+
+
 def test_a_client_key_cannot_listen(folder: Path) -> None:
     async def work() -> None:
         mine = bus(folder, "me", CLIENT)
