@@ -100,6 +100,10 @@ class Plan:
         """Find out what would fail later: a missing model, a port that is taken. Raises `ConfigError`."""
         if self.router.bind.endswith((":*", ":0")):
             raise ConfigError(f"bind: {self.router.bind} has no fixed port, so engines could not be told of it")
+        if self.engine.executor != "fake" and self.engines:
+            # Before the ports: it stays wrong when those are free. And once, here: engines that start together would
+            # each make a missing demo model.
+            resolve_model(self.engine.model)
         problems = []
         for check in (
             partial(check_http_port, self.router.http_host, self.router.http_port),
@@ -112,9 +116,6 @@ class Plan:
         if problems:
             # Both at once: another fleet on this machine has taken both.
             raise ConfigError("; ".join(problems))
-        if self.engine.executor != "fake" and self.engines:
-            # Once, here: engines that start together would each make a missing demo model.
-            resolve_model(self.engine.model)
 
     def specs(self) -> list[ChildSpec]:
         """The processes to run, the router first."""
