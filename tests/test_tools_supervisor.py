@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from microserve.tools.signs import Signs
 from microserve.tools.supervisor import Backoff, Child, ChildSpec, ChildState, describe_exit
 
 if TYPE_CHECKING:
@@ -34,17 +36,21 @@ while True: signal.pause()
 class Make(Protocol):
     """Makes a child that runs the given code, and the queue of the lines that it told."""
 
-    def __call__(self, code: str, *arguments: str, first: float = 0.01) -> tuple[Child, asyncio.Queue[str]]: ...
+    def __call__(
+        self, code: str, *arguments: str, first: float = 0.01, watchdog: float | None = None
+    ) -> tuple[Child, asyncio.Queue[str]]: ...
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
 
-    def make(code: str, *arguments: str, first: float = 0.01) -> tuple[Child, asyncio.Queue[str]]:
+    def make(
+        code: str, *arguments: str, first: float = 0.01, watchdog: float | None = None
+    ) -> tuple[Child, asyncio.Queue[str]]:
         (tmp_path / "program.py").write_text(code)
         lines: asyncio.Queue[str] = asyncio.Queue()
         environ = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "src")])}
-        spec = ChildSpec("c", "program", arguments, environ)
+        spec = ChildSpec("c", "program", arguments, environ, watchdog)
         return Child(spec, told=lambda _, line: lines.put_nowait(line), backoff=Backoff(first)), lines
 
     return make
@@ -145,6 +151,72 @@ def test_a_cancelled_supervisor_takes_its_child_along(make: Make) -> None:
             await task
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+    asyncio.run(scenario())
+
+
+SERVES_FOR_A_WHILE = """
+import faulthandler, os, socket, sys, time
+faulthandler.enable()
+here = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+there = "\\0" + os.environ["NOTIFY_SOCKET"][1:]
+assert "WATCHDOG_PID" not in os.environ
+said = sys.argv[1].split(",")
+for line in said:
+    here.sendto(line.encode(), there)
+print(os.environ["WATCHDOG_USEC"], flush=True)
+if said[-1].startswith("STOPPING"):
+    sys.exit(2)
+while True: time.sleep(3600)
+"""
+
+
+def test_a_child_that_serves_and_gives_no_sign_of_life_is_ended_and_says_where_it_stood(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+
+    async def scenario() -> None:
+        child, lines = make(SERVES_FOR_A_WHILE, "STATUS=loading,READY=1,WATCHDOG=1", watchdog=0.2)
+        task = asyncio.create_task(child.run())
+        told = [await lines.get()]
+        while "starting again" not in told[-1]:
+            told.append(await lines.get())
+        assert told[:2] == ["200000", "no sign of life for 0.2 s: ended; where it stood follows"]
+        assert any("program.py" in line for line in told)
+        assert told[-1].startswith("ended (killed by SIGABRT)")
+        child.kill()
+        await task
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("said", ["STATUS=loading", "READY=1,STOPPING=1"])
+def test_a_child_is_not_watched_before_it_serves_and_when_it_stops(make: Make, said: str) -> None:
+    async def scenario() -> None:
+        child, lines = make(SERVES_FOR_A_WHILE.replace("sys.exit(2)", "pass"), said, watchdog=0.05)
+        task = asyncio.create_task(child.run())
+        assert await lines.get() == "50000"
+        await asyncio.sleep(0.3)
+        assert lines.empty()
+        child.kill()
+        assert await task == -signal.SIGKILL
+
+    asyncio.run(scenario())
+
+
+def test_signs_that_came_while_we_stood_still_count() -> None:
+    async def scenario() -> None:
+        silent: list[str] = []
+        with Signs(60.0, lambda: silent.append("silent")) as signs:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.connect("\0" + signs.environ["NOTIFY_SOCKET"][1:])
+                sender.send(b"READY=1")
+            # Its time is over, says the loop, before it has looked at the socket.
+            signs._over()
+            assert silent == []
+            signs._over()
+            assert silent == ["silent"]
 
     asyncio.run(scenario())
 

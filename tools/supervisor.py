@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from microserve.runtime.clock import monotonic
 from microserve.runtime.service import EXIT_CONFIG
+from microserve.tools.signs import Signs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
 
 _KEPT_LINES = 200
 _LONGEST_LINE = 1 << 20
+_OF_A_MANAGER = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What to run: `python -m module arguments…`, with `environ` added to our environment."""
+    """What to run: `python -m module arguments…`, with `environ` added to our environment.
+
+    A process that gives no sign of life for `watchdog` seconds (`Signs`; None: any time) is ended, and started again.
+    """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     environ: Mapping[str, str] | None = None
+    watchdog: float | None = None
 
 
 class ChildState(Enum):
@@ -118,6 +124,19 @@ class Child:
             self.state = ChildState.ENDED
 
     async def _run_once(self) -> int:
+        # Ours is not theirs: the service manager that may watch us knows nothing of them.
+        environ = {name: value for name, value in os.environ.items() if name not in _OF_A_MANAGER}
+        with contextlib.ExitStack() as stack:
+            if self.spec.watchdog is not None and sys.platform == "linux":
+                signs = stack.enter_context(Signs(self.spec.watchdog, self._hangs))
+                environ |= signs.environ
+            return await self._run_with({**environ, **(self.spec.environ or {})})
+
+    def _hangs(self) -> None:
+        self._told(self.name, f"no sign of life for {self.spec.watchdog:g} s: ended; where it stood follows")
+        self._signal(signal.SIGABRT)
+
+    async def _run_with(self, environ: Mapping[str, str]) -> int:
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -130,7 +149,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_LONGEST_LINE,
-            env={**os.environ, **(self.spec.environ or {})},
+            env=environ,
             # Its own session: Ctrl-C in the terminal is for us, and we stop children in order.
             start_new_session=True,
         )

@@ -118,8 +118,10 @@ class Plan:
             raise ConfigError("; ".join(problems))
 
     def specs(self) -> list[ChildSpec]:
-        """The processes to run, the router first."""
-        router = ChildSpec("router", "microserve.router", self._arguments(self._router_flags, router_id="local"))
+        """The processes to run, the router first; watched as the systemd units have it."""
+        router = ChildSpec(
+            "router", "microserve.router", self._arguments(self._router_flags, router_id="local"), watchdog=20.0
+        )
         return [router, *(self._engine_spec(name) for name in self.engine_names)]
 
     def _engine_spec(self, name: str) -> ChildSpec:
@@ -129,7 +131,7 @@ class Plan:
         arguments = self._arguments(flags, engine_id=name, routers=self.router_endpoint)
         # Each takes its own ports: a fixed one of the file could serve only one of them.
         arguments += ("--bind", "tcp://127.0.0.1:*", "--events-bind", "tcp://127.0.0.1:*")
-        return ChildSpec(name, "microserve.engine", arguments)
+        return ChildSpec(name, "microserve.engine", arguments, watchdog=60.0)
 
     def _arguments(self, flags: Mapping[str, str], **more: str) -> tuple[str, ...]:
         arguments = ["--config", str(self._file)] if self._file is not None else []
