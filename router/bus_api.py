@@ -267,7 +267,8 @@ def _check_role(role: str, body: EngineVerb | RouterVerb) -> None:
         allowed = role == "client" and not isinstance(body, _ADMINS)
     if not allowed:
         asked = type(body).__name__ if not isinstance(body, EngineCall) else f"{type(body.body).__name__} on an engine"
-        raise Forbidden(f"a key of role {role} may not call {asked}")
+        needed = "engine" if isinstance(body, _ENGINES) else "admin"
+        raise Forbidden(f"a key of role {role} may not call {asked}; that takes one of role {needed}")
 
 
 def _cancel(task: asyncio.Task[None], _reason: MicroserveError) -> None:

@@ -494,7 +494,7 @@ class RouterCore:
             active_requests=len(self._active),
             queued_requests=len(self._queue),
             requests_total=self.metrics.requests + len(self._active) + len(self._queue),
-            strategy=self.versions.default.version,
+            strategy=self.versions.summary,
             http=self.http_url,
         )
 

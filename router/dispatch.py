@@ -317,7 +317,9 @@ class Generation:
         except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as error:
             # A user's program may raise anything; it ends this request alone.
             _log.exception("strategy failed", every=1.0, strategy=self._name, request=self.request.id)
-            return InternalError(f"strategy '{self._name}' failed: {type(error).__name__}: {error}")
+            return InternalError(
+                f"strategy '{self._name}' failed{self._program.where(error)}: {type(error).__name__}: {error}"
+            )
         finally:
             await self._close(stream)
 

@@ -24,19 +24,20 @@ class EventLog:
         self._now = now
         self._clock = clock
         self._counts: Counter[str] = Counter()
-        self._held: dict[tuple[str, str], tuple[float, int]] = {}
+        self._held: dict[tuple[str, str, str], tuple[float, int]] = {}
 
     def add(self, kind: str, *, engine: str = "", epoch: int = 0, detail: str = "", every: float | None = None) -> None:
-        """Something happened. With `every`, the same kind with the same detail is told at most once in so many seconds,
-        and then with how often it happened: a flood must not wash out the rest."""
+        """Something happened. With `every`, the same kind and detail of one engine is told at most once in so many
+        seconds, and then with how often it happened: a flood must not wash out the rest."""
         self._counts[kind] += 1
         if every is not None:
             now = self._clock()
-            told, held = self._held.get((kind, detail), (-every, 0))
+            what = (kind, engine, detail)
+            told, held = self._held.get(what, (-every, 0))
             if now - told < every:
-                self._held[kind, detail] = (told, held + 1)
+                self._held[what] = (told, held + 1)
                 return
-            self._held[kind, detail] = (now, 0)
+            self._held[what] = (now, 0)
             if held:
                 detail = f"{detail} (and {held} more before)"
         self._last += 1

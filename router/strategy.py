@@ -24,6 +24,8 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_args, get_origin
 
 from microserve.runtime.errors import ConfigError, InvalidRequest
@@ -343,6 +345,12 @@ class Program:
     strategy: Strategy
     settings: Mapping[str, SettingValue]
     version: str
+
+    def where(self, error: BaseException) -> str:
+        """At which line of its file the program raised it, as " at mine.py:9"; empty where that is not known."""
+        code = getattr(self.strategy.function, "__code__", None)
+        frames = [each for each in extract_tb(error.__traceback__) if code and each.filename == code.co_filename]
+        return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
     def start(self, request: Request, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
         """A new run for one choice; nothing of it runs yet."""

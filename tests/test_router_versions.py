@@ -86,7 +86,7 @@ def test_what_serves_is_shown_though_its_file_is_broken_now(folder: Path) -> Non
     put(found, "mine", {"ratio": 0.3})
     (folder / "mine.py").write_text("x = = 1")
     sources = {each.name: each.source for each in shown(found).strategies}
-    assert sources["mine"] == "as it was; not found any more"
+    assert sources["mine"] == "as it was read; its source is gone or broken"
     assert sources["data_parallel"] == "built in"
 
 

@@ -169,7 +169,10 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for words, verb in refused.items():
             shown = command(cluster, *words, "--key-file", key["me"])
             assert (shown.code, shown.out) == (1, ""), words
-            assert shown.err == f"microserve {words[0]}: a key of role client may not call {verb}\n"
+            assert (
+                shown.err
+                == f"microserve {words[0]}: a key of role client may not call {verb}; that takes one of role admin\n"
+            )
         for words in (("requests",), ("events",), ("resume", "e0")):
             assert command(cluster, *words, "--key-file", key["root"]).code == 0, words
         shown = command(cluster, "engines", "--key-file", str(tmp_path / "none.key"))

@@ -46,6 +46,7 @@ def test_an_operator_changes_what_composes_requests(tmp_path: Path) -> None:
         assert "* data_parallel" in listed
         assert "  mine " in listed
         assert "ratio: float = 0.5" in listed
+        assert "ratio: float = 0.2 (between 0 and 1)" in listed
         assert f"! {folder / 'broken.py'}:2: SyntaxError" in listed
         before = asked(cluster, "show")[0]["version"]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   microserve strategy list
   microserve strategy set balanced --set ratio=0.3
-  microserve strategy set prefill_decode --share 0.1      a tenth of the traffic, the rest as before
+  microserve strategy set prefill_decode --share 0.1      a tenth; the rest stays with what serves most now
   microserve strategy check balanced --set ratio=2        validate only
   microserve strategy rollback
 """
@@ -141,7 +141,8 @@ def _print_list(found: Strategies) -> None:
         mark = "*" if strategy.name in serving else " "
         print(f"{mark} {strategy.name:24} {strategy.summary}  [{strategy.source}]")
         for setting in strategy.settings:
-            print(f"      {setting.name}: {setting.type} = {setting.default}")
+            bounds = f" ({setting.bounds})" if setting.bounds else ""
+            print(f"      {setting.name}: {setting.type} = {setting.default}{bounds}")
     for problem in found.problems:
         print(f"! {problem}")
 

@@ -11,12 +11,14 @@ from microserve.runtime.messages.base import Int64, Message, Name, NonNegative
 SettingValue = bool | int | float | str
 
 
-class SettingInfo(Struct, frozen=True, kw_only=True):
+class SettingInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One setting of a strategy. `type` is "int", "float", "str" or "bool"."""
 
     name: str
     type: str
     default: SettingValue
+    bounds: str = ""
+    """In words, where it has any."""
 
 
 class StrategyInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
