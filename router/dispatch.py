@@ -14,6 +14,8 @@ import types
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from microserve.router.handles import RunFleet
 from microserve.router.strategy import Chunk, Program, Request
 from microserve.router.sub_requests import SubRequests
@@ -80,6 +82,7 @@ class Generation:
 
     __slots__ = (
         "_backlog",
+        "_cached",
         "_clock",
         "_complete",
         "_dispatcher",
@@ -87,6 +90,7 @@ class Generation:
         "_held",
         "_loop",
         "_merged",
+        "_output",
         "_program",
         "_started",
         "_task",
@@ -99,7 +103,6 @@ class Generation:
         "first_token_at",
         "last_token_at",
         "observe_gap",
-        "output_tokens",
         "request",
         "started_at",
         "state",
@@ -114,7 +117,6 @@ class Generation:
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
         self.ended_at: float | None = None
-        self.output_tokens = 0
         self.finish: Generated | None = None
         self.observe_gap: Callable[[float], None] = dispatcher.observer(request.model, program.version)
         self._clock = dispatcher.clock
@@ -137,6 +139,10 @@ class Generation:
         self._merged = False
         self._complete = False
         self._error: MicroserveError | None = None
+        self._output: list[int] = []
+        """Tokens that were delivered."""
+        self._cached: int | None = None
+        """What the first engine had cached of the prompt, once it is lost."""
         self._timer = self._loop.call_later(timeout, self._expire, timeout)
 
     # --- for whoever reads -----------------------------------------------------------------------------------------
@@ -161,8 +167,15 @@ class Generation:
         return self._started.records
 
     @property
+    def output_tokens(self) -> int:
+        """How many were delivered."""
+        return len(self._output)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that nobody computed for it, as far as that is known before its end."""
+        if self._cached is not None:
+            return self._cached
         return self._started.cached_so_far if self.finish is None else self.finish.usage.cached_tokens
 
     @property
@@ -268,10 +281,16 @@ class Generation:
         self._end(error)
 
     async def _attempts(self) -> MicroserveError | None:
-        """Runs the program, as often as that makes sense while nothing is streamed. The error that is left."""
+        """Runs the program, and again when an engine was lost: from the beginning, or from what was delivered on.
+
+        The error that is left."""
         start: _Start = self._program.start
         lost: MicroserveError | None = None
-        while (error := await self._attempt(start)) is not None and not self._streamed:
+        delivered = 0
+        while (error := await self._attempt(start)) is not None and not self._over:
+            if len(self._output) > delivered:
+                # It got on meanwhile: the next loss is another one.
+                lost, delivered = None, len(self._output)
             if isinstance(error, LeaseTooLarge) and start != self._without_lease:
                 # Nothing is wrong with the request: a strategy that moves KV must not fail what another one serves.
                 start = self._without_lease
@@ -279,16 +298,26 @@ class Generation:
             elif lost is None and self._may_retry(error):
                 # Where engines live, and not where it was refused.
                 lost = error
-                _log.info("request starts again", every=1.0, request=self.request.id, error=error.message)
+                _log.info(
+                    "request starts again" if not delivered else "request goes on elsewhere",
+                    every=1.0,
+                    request=self.request.id,
+                    output_tokens=delivered,
+                    error=error.message,
+                )
             else:
                 break
             self._started.let_go()
+            if delivered:
+                if self._cached is None:
+                    self._cached = self._started.cached_so_far
+                self._started.go_on(self.request.after(self._output))
         return lost if isinstance(error, NoEngine) and lost is not None else error
 
     @property
-    def _streamed(self) -> bool:
-        """Whether it is too late to begin again."""
-        return self.state is State.ENDED or self.first_token_at is not None or self._complete
+    def _over(self) -> bool:
+        """Whether nothing more is to be delivered."""
+        return self.state is State.ENDED or self._complete
 
     def _may_retry(self, error: MicroserveError) -> bool:
         return isinstance(error, _LOST) or (isinstance(error, Unavailable) and bool(self._started.avoid))
@@ -306,7 +335,7 @@ class Generation:
 
     async def _attempt(self, start: _Start) -> MicroserveError | None:
         """Runs a program once. The error that it ended with."""
-        stream = start(self.request, RunFleet(self._started))
+        stream = start(self._started.request, RunFleet(self._started))
         try:
             await self._follow(stream)
             if self._complete or self.state is State.ENDED:
@@ -371,19 +400,20 @@ class Generation:
             return
         if self._complete:
             raise InternalError(f"strategy '{self._name}' yielded a chunk after the last one")
-        count = len(chunk.tokens)
-        if count:
+        if chunk.tokens:
             now = self._clock()
             if self.first_token_at is None:
                 self.first_token_at = now
             else:
                 self.observe_gap(now - self.last_token_at)
             self.last_token_at = now
-            self.output_tokens += count
+            self._output += chunk.tokens
         elif chunk.finish is None:
             return
         if chunk.finish is not None:
             self._complete = True
+            if self._cached is not None:
+                chunk.finish = _with_cached(chunk.finish, self._cached)
             self.finish = chunk.finish
             self._timer.cancel()
             left = min(AFTERWARDS_SECONDS, max(0.0, self.deadline - self._clock()))
@@ -411,6 +441,11 @@ class Generation:
             self._end(Cancelled(f"the stream was not read: {len(held.tokens)} tokens were waiting"))
             return False
         return True
+
+
+def _with_cached(finish: Generated, cached: int) -> Generated:
+    """Of a choice that went on elsewhere: what the engine there had cached may have been computed for this choice."""
+    return msgspec.structs.replace(finish, usage=msgspec.structs.replace(finish.usage, cached_tokens=cached))
 
 
 def _no_observer(_seconds: float) -> None:

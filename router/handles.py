@@ -184,6 +184,7 @@ class RunEngine:
             prompt=run.prompt_bytes,
             begin=begin,
             sampling=run.request.sampling,
+            prior_output=run.request.prior_output,
             lease=None if own is None else own.address.lease,
             kv_wait=None if own is None else run.kv_wait(kv_wait),
         )
@@ -320,7 +321,7 @@ class TokenStream:
             usage, record = reply.usage, self._record
             record.matched = usage.cached_tokens
             record.reused = record.matched + reply.received_tokens
-            record.computed = usage.prompt_tokens - record.reused
+            record.computed = max(0, usage.prompt_tokens + self._run.request.prior_output - record.reused)
         self._run.discharge(self._charge)
 
     def _last(self, chunk: Chunk) -> Chunk:

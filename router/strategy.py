@@ -28,6 +28,8 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_args, get_origin
 
+import numpy as np
+
 from microserve.runtime.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -60,19 +62,39 @@ class Request:
     """What is to be served: one choice. Read-only.
 
     `prompt` is int32 [n], n >= 1. `page_size` is in tokens. `sampling` is as the client gave it, `max_tokens` already
-    within the model's context.
+    within the model's context. The last `prior_output` tokens of the prompt are output that was delivered already, by
+    an engine that was lost then: the program runs again, from there on.
     """
 
-    __slots__ = ("id", "model", "page_size", "prompt", "sampling")
+    __slots__ = ("id", "model", "page_size", "prior_output", "prompt", "sampling")
 
     def __init__(
-        self, *, id: str, model: str, prompt: TokenArray, sampling: SamplingParams, page_size: int = 16
+        self,
+        *,
+        id: str,
+        model: str,
+        prompt: TokenArray,
+        sampling: SamplingParams,
+        page_size: int = 16,
+        prior_output: int = 0,
     ) -> None:
         self.id = id
         self.model = model
         self.prompt = prompt
         self.sampling = sampling
         self.page_size = page_size
+        self.prior_output = prior_output
+
+    def after(self, output: list[int]) -> Request:
+        """What is left of it once `output` (token ids) has been delivered."""
+        return Request(
+            id=self.id,
+            model=self.model,
+            prompt=np.concatenate([self.prompt, np.array(output, dtype=np.int32)]),
+            sampling=self.sampling,
+            page_size=self.page_size,
+            prior_output=self.prior_output + len(output),
+        )
 
     def page_aligned(self, fraction: float) -> int:
         """The whole-page position nearest to `fraction` of the prompt, from 0 to the last whole page.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from microserve.router.link import Charge
 from microserve.router.pending import Pending, RunKv, RunSending, SubRecord, uncovered
 from microserve.router.prefix_index import page_names
+from microserve.runtime.codec import pack_tokens
 from microserve.runtime.errors import Cancelled, LeaseTooLarge, MicroserveError, PeerLost, ProtocolError, Unavailable
 from microserve.runtime.messages import Abort, Forgo, Prepared, Release, SendReport
 
@@ -79,6 +80,12 @@ class SubRequests:
         self._charges: list[Charge] = []
         self._names: list[int] | None = None
         self._began: tuple[EngineLink, RunKv | None, int] | None = None
+
+    def go_on(self, request: Request) -> None:
+        """The choice begins again, with what is left of it. Everything that was started has been let go of."""
+        self.request = request
+        self.prompt_bytes = pack_tokens(request.prompt)
+        self._names = None
 
     # --- making calls ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from tests.virtual_time import run_virtual
 from microserve.router import dispatch
 from microserve.router.dispatch import LINGER_SECONDS, State
 from microserve.router.strategy import Chunk, Fleet, Request, strategy
+from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import (
     Busy,
     Cancelled,
@@ -213,19 +214,67 @@ def test_an_engine_lost_before_the_first_token_is_replaced() -> None:
     run_virtual(main())
 
 
-def test_an_engine_lost_after_the_first_token_is_one_error() -> None:
+def test_an_engine_lost_after_the_first_token_is_replaced_and_nothing_is_said_twice() -> None:
     async def main() -> None:
         async with World() as world:
             first, second = await world.add("a"), await world.add("b")
+            generation = world.generate(seed=7)
+            await world.settle()
+            first.calls[0].part(Tokens(ids=pack_tokens([10, 11]), cached=1))
+            await world.settle()
+            # Whether it was read by then does not matter: it was delivered.
+            await first.die()
+            await world.settle()
+            asked = second.started()
+            assert unpack_tokens(asked.prompt).tolist() == [1, 2, 3, 10, 11]
+            assert (asked.prior_output, asked.sampling) == (2, first.started().sampling)
+            assert world.charges()["b"] == (1, 5)
+            await second.finish(12, cached=3)
+            chunks = await read(generation)
+            assert ids_of(chunks) == [10, 11, 12]
+            assert chunks[-1].finish is not None
+            # What the second found cached, the first may have computed for us.
+            assert chunks[-1].finish.usage.cached_tokens == generation.cached_tokens == 1
+            assert (generation.output_tokens, generation.engine_ids) == (3, ("a", "b"))
+            assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+
+    run_virtual(main())
+
+
+def test_as_many_engines_may_be_lost_as_get_on() -> None:
+    async def main() -> None:
+        async with World() as world:
+            a, b, c, d = [await world.add(name) for name in "abcd"]
             generation = world.generate()
             await world.settle()
-            await first.tokens(1)
-            await first.die()
+            for number, engine in enumerate((a, b)):
+                await engine.tokens(number)
+                await engine.die()
+                await world.settle()
+            # The third is lost before it has got on: that is the error.
+            assert c.started().prior_output == 2
+            await c.die()
+            await world.settle()
+            assert d.calls == []
+            assert (await anext(generation)).tokens == [0, 1]
+            with pytest.raises(PeerLost):
+                await anext(generation)
+
+    run_virtual(main())
+
+
+def test_an_engine_lost_after_the_first_token_with_nobody_to_take_over_is_one_error() -> None:
+    async def main() -> None:
+        async with World() as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.tokens(1)
+            await engine.die()
             assert (await anext(generation)).tokens == [1]
             with pytest.raises(PeerLost):
                 await anext(generation)
-            assert second.calls == []
-            assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+            assert world.charges() == FREE
 
     run_virtual(main())
 
@@ -591,16 +640,19 @@ def test_a_program_that_runs_again_may_be_refused_a_lease_then() -> None:
     run_leasing(check)
 
 
-def test_a_lease_that_is_refused_after_a_token_is_an_error() -> None:
+def test_a_lease_that_is_refused_after_a_token_is_done_without_from_there_on() -> None:
     async def check(world: World, a: ScriptedEngine, b: ScriptedEngine) -> None:
         generation = world.generate()
         await world.settle()
         await b.tokens(7)
         assert (await anext(generation)).tokens == [7]
-        with pytest.raises(LeaseTooLarge):
-            await anext(generation)
-        assert a.log is world.log
-        assert world.log == ["b start_generate 0", "a prep_recv end=-1", "b cancel start_generate"]
+        await world.settle()
+        assert world.log == [
+            *("b start_generate 0", "a prep_recv end=-1", "b cancel start_generate", "a start_generate 0"),
+        ]
+        assert a.started().prior_output == 1
+        await a.finish(8)
+        assert ids_of(await read(generation)) == [8]
 
     run_leasing(check, first=1)
 
