@@ -20,7 +20,7 @@ from microserve.engine.reload import engine_reload
 from microserve.kv.transfer.factory import open_transport
 from microserve.runtime.clock import monotonic
 from microserve.runtime.config import EngineConfig, config_from_args, default_process_id
-from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError, PeerLost
+from microserve.runtime.errors import ConfigError, Draining, InternalError, MicroserveError
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.keys import check_exposed, identity_name, is_loopback, load_security
 from microserve.runtime.log import get_logger, last_words, setup_logging
@@ -424,8 +424,9 @@ class Engine:
     def _crashed(self, error: BaseException) -> None:
         failure = InternalError(f"the step thread died: {error!r}")
         failure.__cause__ = error
-        # To callers this engine has died: what has not been answered may be served elsewhere.
-        self.verbs.end_all(PeerLost(f"the engine ends: {failure.message}"))
+        # Nothing is wrong with what was asked: it may be served elsewhere, and not here.
+        self.verbs.drain()
+        self.verbs.end_all(Draining(f"the engine ends: {failure.message}"))
         self._idle.set()
         if not self._crash.done():
             self._crash.set_exception(failure)

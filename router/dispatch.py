@@ -274,6 +274,9 @@ class Generation:
     async def _run(self) -> None:
         try:
             error = await self._attempts()
+        except Exception as bug:  # ours, or tokens that are none: nobody must wait for an end that never comes
+            _log.exception("request failed", every=1.0, request=self.request.id)
+            error = InternalError(f"the request could not be served: {bug!r}")
         except asyncio.CancelledError:
             # Usually the choice has ended, and this is how its strategy is told. Else the strategy cancelled itself.
             self._end(InternalError(f"strategy '{self._name}' was cancelled from within"))
@@ -286,18 +289,20 @@ class Generation:
         The error that is left."""
         start: _Start = self._program.start
         lost: MicroserveError | None = None
-        delivered = 0
+        delivered, avoided = 0, set[str]()
         while (error := await self._attempt(start)) is not None and not self._over:
             if len(self._output) > delivered:
-                # It got on meanwhile: the next loss is another one.
+                # It got on meanwhile: the next loss is another one, and who would not before may now, or lives again.
                 lost, delivered = None, len(self._output)
+                self._started.avoid -= avoided
+            avoided = set(self._started.avoid)
             if isinstance(error, LeaseTooLarge) and start != self._without_lease:
                 # Nothing is wrong with the request: a strategy that moves KV must not fail what another one serves.
                 start = self._without_lease
                 _log.info("request is served without a lease", every=1.0, request=self.request.id, error=error.message)
-            elif lost is None and self._may_retry(error):
+            elif self._may_retry(error, lost):
                 # Where engines live, and not where it was refused.
-                lost = error
+                lost = lost or error
                 _log.info(
                     "request starts again" if not delivered else "request goes on elsewhere",
                     every=1.0,
@@ -307,10 +312,10 @@ class Generation:
                 )
             else:
                 break
+            if delivered and self._cached is None:
+                self._cached = self._started.cached_so_far
             self._started.let_go()
             if delivered:
-                if self._cached is None:
-                    self._cached = self._started.cached_so_far
                 self._started.go_on(self.request.after(self._output))
         return lost if isinstance(error, NoEngine) and lost is not None else error
 
@@ -319,8 +324,13 @@ class Generation:
         """Whether nothing more is to be delivered."""
         return self.state is State.ENDED or self._complete
 
-    def _may_retry(self, error: MicroserveError) -> bool:
-        return isinstance(error, _LOST) or (isinstance(error, Unavailable) and bool(self._started.avoid))
+    def _may_retry(self, error: MicroserveError, lost: MicroserveError | None) -> bool:
+        """Whether the program runs again after `error`; `lost` is what it has run again for already, since it last got
+        on. What a client has part of is worth asking every engine that there is."""
+        if isinstance(error, Unavailable):
+            goes_on = bool(self._output) and not isinstance(error, NoEngine)
+            return bool(self._started.avoid) and (lost is None or goes_on)
+        return lost is None and isinstance(error, _LOST)
 
     async def _without_lease(self, request: Request, fleet: RunFleet) -> AsyncGenerator[Chunk, None]:
         """In place of a program that was refused a lease: all on the engine that was to receive, or on another."""

@@ -321,6 +321,7 @@ class TokenStream:
             usage, record = reply.usage, self._record
             record.matched = usage.cached_tokens
             record.reused = record.matched + reply.received_tokens
+            # What it had cached of earlier output is not told, and counts as computed.
             record.computed = max(0, usage.prompt_tokens + self._run.request.prior_output - record.reused)
         self._run.discharge(self._charge)
 

@@ -238,7 +238,7 @@ class Versions:
         for step in own:
             self._forget(step)
         if lanes is None:
-            del self._lanes[model]
+            self._lanes.pop(model, None)  # it may not have been restored
         else:
             self._lanes[model] = lanes
         self._record(model, f"rolled back change {back.number}{_by(by)}")

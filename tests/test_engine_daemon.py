@@ -19,7 +19,7 @@ from microserve.engine.daemon import Engine, main, open_engine_transport, open_e
 from microserve.engine.fake_executor import FakeExecutor
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.config import EngineConfig, FakeConfig
-from microserve.runtime.errors import ConfigError, Draining, InternalError, PeerLost, TransferFailed
+from microserve.runtime.errors import ConfigError, Draining, InternalError, TransferFailed
 from microserve.runtime.ids import Peer
 from microserve.runtime.messages import (
     Announce,
@@ -226,7 +226,7 @@ def test_a_dead_step_thread_ends_the_engine_with_an_error() -> None:
                 raise ZeroDivisionError(f"a bug at {now}")
 
             engine.scheduler.schedule = bug  # type: ignore[method-assign]
-            with pytest.raises(PeerLost, match="the engine ends: the step thread died: ZeroDivisionError"):
+            with pytest.raises(Draining, match="the engine ends: the step thread died: ZeroDivisionError"):
                 async for _ in stream:
                     pass
             with pytest.raises(InternalError, match="the step thread died"):

@@ -12,6 +12,7 @@ from tests.virtual_time import run_virtual
 
 from microserve.router import dispatch
 from microserve.router.dispatch import LINGER_SECONDS, State
+from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.router.strategy import Chunk, Fleet, Request, strategy
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import (
@@ -26,7 +27,7 @@ from microserve.runtime.errors import (
     PeerLost,
 )
 from microserve.runtime.log import get_logger
-from microserve.runtime.messages import PrepRecv, StartGenerate, TokenLogprobs, Tokens
+from microserve.runtime.messages import PrepRecv, RemoteSend, StartGenerate, TokenLogprobs, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -259,6 +260,108 @@ def test_as_many_engines_may_be_lost_as_get_on() -> None:
             assert (await anext(generation)).tokens == [0, 1]
             with pytest.raises(PeerLost):
                 await anext(generation)
+
+    run_virtual(main())
+
+
+def test_who_was_not_to_be_asked_is_asked_again_once_the_request_has_got_on() -> None:
+    async def main() -> None:
+        async with World() as world:
+            a, b = await world.add("a"), await world.add("b")
+            a.refuse_with = Busy("full", retry_after=1.0)
+            generation = world.generate()
+            await world.settle()
+            await b.tokens(1)
+            a.refuse_with = None
+            await b.die()
+            await world.settle()
+            assert a.started().prior_output == 1
+            # A new incarnation of who was lost, too.
+            b = await world.add("b", epoch=2)
+            await a.tokens(2)
+            await a.die()
+            await world.settle()
+            assert b.started().prior_output == 2
+            await b.finish(3)
+            assert ids_of(await read(generation)) == [1, 2, 3]
+
+    run_virtual(main())
+
+
+def test_what_a_client_has_part_of_is_asked_of_every_engine() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, *full = [await world.add(name) for name in "abcd"]
+            generation = world.generate()
+            await world.settle()
+            await first.tokens(1)
+            for engine in full:
+                engine.refuse_with = Busy("full", retry_after=1.0)
+            await first.die()
+            await world.settle()
+            assert [len(engine.calls) for engine in full] == [1, 1, 1]
+            assert (await anext(generation)).tokens == [1]
+            with pytest.raises(PeerLost):
+                await anext(generation)
+
+    run_virtual(main())
+
+
+def test_an_engine_that_ends_by_itself_is_not_asked_again() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            generation = world.generate()
+            await world.settle()
+            await first.tokens(1)
+            # As an engine says whose step thread has died, over a session that still stands.
+            await first.fail(Draining("the engine ends: the step thread died"))
+            await world.settle()
+            assert (len(first.calls), second.started().prior_output) == (1, 1)
+            await second.finish(2)
+            assert ids_of(await read(generation)) == [1, 2]
+
+    run_virtual(main())
+
+
+def test_what_senders_computed_is_not_cached_after_a_loss() -> None:
+    async def main() -> None:
+        async with World(prefill_decode.configure({"min_remote": 1})) as world:
+            d, p = await world.add("d", labels={"decode": "yes"}), await world.add("p", labels={"prefill": "yes"})
+            d.grant_always()
+            p.grant_always()
+            p.answers[RemoteSend] = p.report
+            generation = world.generate(prompt=range(1, 50))
+            await world.settle()
+            d.last(StartGenerate).part(Tokens(ids=pack_tokens([10]), cached=0))
+            await world.settle()
+            assert generation.cached_tokens == 0
+            await d.die()
+            await world.settle()
+            body = p.last(StartGenerate).body
+            assert isinstance(body, StartGenerate)
+            assert (len(body.prompt) // 4, body.prior_output) == (50, 1)
+            await p.finish(11, cached=48)
+            assert ids_of(await read(generation)) == [10, 11]
+            assert generation.cached_tokens == 0
+
+    run_virtual(main())
+
+
+def test_a_token_that_is_none_ends_the_request_and_hangs_nobody() -> None:
+    async def main() -> None:
+        async def strange(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+            yield Chunk([2**40])
+            async for chunk in fleet.pick().start_generate():
+                yield chunk
+
+        async with World(strategy(strange).configure()) as world:
+            engine = await world.add("a")
+            generation = world.generate()
+            await world.settle()
+            await engine.die()
+            with pytest.raises(InternalError, match="the request could not be served: OverflowError"):
+                await read(generation)
 
     run_virtual(main())
 

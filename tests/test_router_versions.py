@@ -306,6 +306,15 @@ def test_a_way_back_that_was_lost_is_there_again_with_its_file(folder: Path, tmp
     assert [each.name for each in versions(folder, store=store).roll_back()] == ["mine"]
 
 
+def test_a_model_whose_own_version_was_lost_goes_back_to_the_default(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "strategies.json"
+    put(versions(folder, store=store), "mine", {}, model="a")
+    (folder / "mine.py").unlink()
+    found = versions(folder, store=store)
+    assert [(each.model, each.name) for each in found.roll_back(model="a")] == [("", "data_parallel")]
+    assert serving(found) == {"data_parallel": 1.0}
+
+
 def test_what_serves_and_changed_while_the_router_was_away_is_told_in_the_history(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "strategies.json"
     found = versions(folder, store=store)

@@ -167,7 +167,9 @@ for line in said:
 print(os.environ["WATCHDOG_USEC"], flush=True)
 if said[-1].startswith("STOPPING"):
     sys.exit(2)
-while True: time.sleep(3600)
+while True:
+    here.sendto(b"STATUS=hangs", there)  # no sign of life
+    time.sleep(0.05)
 """
 
 
@@ -185,6 +187,22 @@ def test_a_child_that_serves_and_gives_no_sign_of_life_is_ended_and_says_where_i
         assert told[:2] == ["200000", "no sign of life for 0.2 s: ended; where it stood follows"]
         assert any("program.py" in line for line in told)
         assert told[-1].startswith("ended (killed by SIGABRT)")
+        child.kill()
+        await task
+
+    asyncio.run(scenario())
+
+
+def test_a_child_that_does_not_even_end_for_that_is_killed(make: Make) -> None:
+    async def scenario() -> None:
+        stops = "import signal; os.kill(os.getpid(), signal.SIGSTOP)\nwhile True:"
+        child, lines = make(SERVES_FOR_A_WHILE.replace("while True:", stops), "READY=1", watchdog=0.1)
+        child._patience = 0.1
+        task = asyncio.create_task(child.run())
+        told = [await lines.get()]
+        while "starting again" not in told[-1]:
+            told.append(await lines.get())
+        assert told[-1].startswith("ended (killed by SIGKILL)")
         child.kill()
         await task
 

@@ -18,8 +18,8 @@ _LONGEST = 4096
 class Signs:
     """Listens to one process, on the running loop, while the block lasts.
 
-    `silent` is called when, after it said that it is ready and before it says that it stops, nothing has come for
-    `within` seconds.
+    `silent` is called when, after it said that it is ready and before it says that it stops, it has given no sign of
+    life for `within` seconds. A status is none: who hangs may say so.
     """
 
     def __init__(self, within: float, silent: Callable[[], None]) -> None:
@@ -46,16 +46,19 @@ class Signs:
         self._socket.close()
 
     def _read(self) -> bool:
-        """Takes what has come. Whether there was anything."""
-        came = False
+        """Takes what has come. Whether there was a sign of life."""
+        lives = False
         while True:
             try:
                 said = self._socket.recv(_LONGEST).split(b"\n")
             except BlockingIOError:
-                return came
-            came = True
+                return lives
             self._serves = (self._serves or b"READY=1" in said) and b"STOPPING=1" not in said
-            self._wait(self._serves)
+            if not self._serves:
+                self._wait(False)
+            elif b"WATCHDOG=1" in said or b"READY=1" in said:
+                lives = True
+                self._wait(True)
 
     def _wait(self, on: bool) -> None:
         if self._timer is not None:
@@ -64,5 +67,5 @@ class Signs:
 
     def _over(self) -> None:
         # We may have been the one that stood still: what came meanwhile counts.
-        if not self._read():
+        if not self._read() and self._serves:
             self._silent()

@@ -79,9 +79,11 @@ class Child:
         *,
         told: Callable[[str, str], None],
         backoff: Backoff | None = None,
+        patience: float = 10.0,
         clock: Clock = monotonic,
     ) -> None:
-        """`told(name, line)` gets every line that the process prints, and what happens to it."""
+        """`told(name, line)` gets every line that the process prints, and what happens to it. `patience`: seconds that
+        one that hangs gets to say where it stands."""
         self.spec = spec
         self.state = ChildState.WAITING
         self.restarts = 0
@@ -91,6 +93,7 @@ class Child:
         """The last lines that it printed."""
         self._told = told
         self._backoff = backoff if backoff is not None else Backoff()
+        self._patience = patience
         self._clock = clock
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
@@ -135,6 +138,12 @@ class Child:
     def _hangs(self) -> None:
         self._told(self.name, f"no sign of life for {self.spec.watchdog:g} s: ended; where it stood follows")
         self._signal(signal.SIGABRT)
+        asyncio.get_running_loop().call_later(self._patience, self._still_there, self._process)
+
+    def _still_there(self, process: asyncio.subprocess.Process | None) -> None:
+        """A process that is stopped, or waits for a device, does not take a SIGABRT."""
+        if process is self._process:
+            self._signal(signal.SIGKILL)
 
     async def _run_with(self, environ: Mapping[str, str]) -> int:
         process = self._process = await asyncio.create_subprocess_exec(
