@@ -291,6 +291,7 @@ class Generation:
         lost: MicroserveError | None = None
         delivered, avoided = 0, set[str]()
         while (error := await self._attempt(start)) is not None and not self._over:
+            another = bool(self._started.avoid - avoided)
             if len(self._output) > delivered:
                 # It got on meanwhile: the next loss is another one, and who would not before may now, or lives again.
                 lost, delivered = None, len(self._output)
@@ -300,7 +301,7 @@ class Generation:
                 # Nothing is wrong with the request: a strategy that moves KV must not fail what another one serves.
                 start = self._without_lease
                 _log.info("request is served without a lease", every=1.0, request=self.request.id, error=error.message)
-            elif self._may_retry(error, lost):
+            elif self._may_retry(error, lost, another):
                 # Where engines live, and not where it was refused.
                 lost = lost or error
                 _log.info(
@@ -324,12 +325,11 @@ class Generation:
         """Whether nothing more is to be delivered."""
         return self.state is State.ENDED or self._complete
 
-    def _may_retry(self, error: MicroserveError, lost: MicroserveError | None) -> bool:
+    def _may_retry(self, error: MicroserveError, lost: MicroserveError | None, another: bool) -> bool:
         """Whether the program runs again after `error`; `lost` is what it has run again for already, since it last got
-        on. What a client has part of is worth asking every engine that there is."""
+        on. What a client has part of is worth asking every engine that there is: as long as it was `another` one."""
         if isinstance(error, Unavailable):
-            goes_on = bool(self._output) and not isinstance(error, NoEngine)
-            return bool(self._started.avoid) and (lost is None or goes_on)
+            return bool(self._started.avoid) and (lost is None or (bool(self._output) and another))
         return lost is None and isinstance(error, _LOST)
 
     async def _without_lease(self, request: Request, fleet: RunFleet) -> AsyncGenerator[Chunk, None]:

@@ -307,6 +307,27 @@ def test_what_a_client_has_part_of_is_asked_of_every_engine() -> None:
     run_virtual(main())
 
 
+def test_a_program_that_asks_the_same_engine_again_is_not_run_for_ever() -> None:
+    async def main() -> None:
+        async def stubborn(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+            async for chunk in fleet.engine("a" if request.prior_output else "b").start_generate():
+                yield chunk
+
+        async with World(strategy(stubborn).configure()) as world:
+            a, b = await world.add("a"), await world.add("b")
+            a.refuse_with = Busy("full", retry_after=1.0)
+            generation = world.generate()
+            await world.settle()
+            await b.tokens(1)
+            await b.die()
+            assert (await anext(generation)).tokens == [1]
+            with pytest.raises(Busy):
+                await anext(generation)
+            assert len(a.calls) == 2
+
+    run_virtual(main())
+
+
 def test_an_engine_that_ends_by_itself_is_not_asked_again() -> None:
     async def main() -> None:
         async with World() as world:
