@@ -7,6 +7,7 @@ import os
 import pty
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -444,6 +445,23 @@ def test_errors_that_go_elsewhere_leave_no_blank_screen(cluster: Cluster) -> Non
         os.close(theirs)
     said = "microserve top: needs a terminal for its input, output and errors; `microserve engines --json` does not"
     assert (done.returncode, done.stderr.decode(), shown) == (2, f"{said}\n", f"{said}\r\n")
+
+
+def test_it_ends_with_its_terminal() -> None:
+    ours, its = pty.openpty()
+    command = [sys.executable, "-P", "-m", "microserve.tools", "top", "--router", "tcp://127.0.0.1:1"]
+    process = subprocess.Popen(
+        command, stdin=its, stdout=its, stderr=its, env={**daemon_environ(), "TERM": "xterm"}, start_new_session=True
+    )
+    try:
+        os.close(its)
+        assert os.read(ours, 1), "it draws"
+        # As a connection that breaks does it; the process is not of the terminal's session.
+        os.close(ours)
+        assert process.wait(30) in (128 + signal.SIGHUP, -signal.SIGHUP)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_key_that_may_not_is_told_so(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from microserve.runtime.async_client import AsyncClient
@@ -40,11 +44,21 @@ def main(argv: Sequence[str]) -> int:
     except ImportError:
         print("microserve top: needs textual: pip install 'microserve[tui]'", file=sys.stderr)
         return 1
+    threading.Thread(target=_end_with_terminal, name="terminal", daemon=True).start()
     try:
         return asyncio.run(_run(options.router, options.key_file, options.interval))
     except MicroserveError as error:
         print(f"microserve top: {error.message}", file=sys.stderr)
         return 1
+
+
+def _end_with_terminal() -> None:
+    """Ends the process when its terminal has gone. Whoever is no part of the terminal's session gets no SIGHUP, and
+    textual would wait for the terminal on a whole core, for ever."""
+    gone = select.poll()
+    gone.register(sys.stdin, 0)  # for nothing but what is always told: that the other end is closed
+    gone.poll()
+    os._exit(128 + signal.SIGHUP)
 
 
 async def _run(router: str, key_file: str | None, interval: float) -> int:
