@@ -154,7 +154,7 @@ class CudaExecutor:
         """Enqueues a step; waits only for tokens that the CPU has to draw."""
         try:
             self._launch(plan)
-        except Exception as error:
+        except Exception as error:  # whatever it was, it goes on to the step loop
             self._settle(error)
             raise
 
@@ -163,7 +163,7 @@ class CudaExecutor:
         back: it is waited for. Raises `DeviceLost` where that is impossible, as after an illegal access."""
         try:
             self._stream.synchronize()
-        except Exception as lost:
+        except Exception as lost:  # torch has several for a device that is gone
             raise DeviceLost(f"{lost} (after: {error})") from error
 
     def _launch(self, plan: StepPlan) -> None:
@@ -193,7 +193,7 @@ class CudaExecutor:
         flight = self._flights.popleft()
         try:
             return self._collect(flight)
-        except Exception as error:
+        except Exception as error:  # as in `launch`
             self._settle(error)
             raise
 

@@ -12,6 +12,7 @@ from tests.virtual_time import run_virtual
 
 from microserve.router import dispatch
 from microserve.router.dispatch import LINGER_SECONDS, State
+from microserve.router.prefix_index import page_names
 from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.router.strategy import Chunk, Fleet, Request, strategy
 from microserve.runtime.codec import pack_tokens, unpack_tokens
@@ -238,6 +239,26 @@ def test_an_engine_lost_after_the_first_token_is_replaced_and_nothing_is_said_tw
             assert chunks[-1].finish.usage.cached_tokens == generation.cached_tokens == 1
             assert (generation.output_tokens, generation.engine_ids) == (3, ("a", "b"))
             assert world.charges() == {"a": (0, 0), "b": (0, 0)}
+
+    run_virtual(main())
+
+
+def test_what_goes_on_elsewhere_is_believed_to_be_cached_there_with_what_was_delivered() -> None:
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a"), await world.add("b")
+            prompt = list(range(1, 16))  # a token short of a page
+            generation = world.generate(prompt)
+            await world.settle()
+            await first.tokens(90, 91)
+            await first.die()
+            await world.settle()
+            await second.finish(92)
+            await read(generation)
+            link = world.core.fleet.link("b")
+            assert link is not None
+            names = page_names("m", pack_tokens([*prompt, 90, 91]), 16)
+            assert (len(names), world.core.fleet.prefixes.depth(link, names)) == (1, 1)
 
     run_virtual(main())
 
