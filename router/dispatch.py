@@ -162,6 +162,11 @@ class Generation:
         return tuple(self._started.generating)
 
     @property
+    def engine_epochs(self) -> tuple[int, ...]:
+        """Which incarnations of `engine_ids` those were; of one that was asked by two, the later."""
+        return tuple(self._started.epochs[each] for each in self._started.generating)
+
+    @property
     def sub_requests(self) -> Sequence[SubRecord]:
         """What was asked of engines for it, in order, as far as it is remembered."""
         return self._started.records

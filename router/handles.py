@@ -272,6 +272,7 @@ class TokenStream:
         except MicroserveError:
             run.discharge(charge)
             raise
+        run.epochs[link.id] = link.info.epoch
         if run.generating[-1:] != [link.id]:
             run.generating.append(link.id)
 

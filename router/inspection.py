@@ -36,7 +36,7 @@ class Inspection:
         self._recent.append(described)
         error = generation.error
         if error is not None or _log.wants_debug:
-            _tell(described, error)
+            _tell(described, generation.engine_epochs, error)
 
     def requests(self, open_ones: Iterable[Generation], *, request_id: str | None, recent: int, limit: int) -> Requests:
         """`open_ones` oldest first and the last `recent`, newest first; or those of one id alone."""
@@ -72,7 +72,7 @@ class Inspection:
         )
 
 
-def _tell(ended: RequestInfo, error: MicroserveError | None) -> None:
+def _tell(ended: RequestInfo, epochs: Iterable[int], error: MicroserveError | None) -> None:
     """One line for a request that has ended: those that went well are for whoever looks closely."""
     tell = _log.warning
     if error is None:
@@ -87,6 +87,7 @@ def _tell(ended: RequestInfo, error: MicroserveError | None) -> None:
         model=ended.model,
         strategy=ended.strategy,
         engines=",".join(ended.engines),
+        engine_epochs=",".join(f"{each:x}" for each in epochs),
         outcome=ended.state,
         prompt_tokens=ended.prompt_tokens,
         output_tokens=ended.output_tokens,

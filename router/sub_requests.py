@@ -67,6 +67,8 @@ class SubRequests:
         """The engine that leases no room for what it was asked to prepare, whoever else may."""
         self.generating: list[str] = []
         """Engines that were asked to generate, in order."""
+        self.epochs: dict[str, int] = {}
+        """Which incarnations of them."""
         self.records: list[SubRecord] = []
         self._clock = clock
         self._deadline = deadline

@@ -10,12 +10,14 @@ import pytest
 from tests.router_support import World, read
 from tests.virtual_time import run_virtual
 
+from microserve.router import inspection
 from microserve.router.bus_api import RouterApi
 from microserve.router.events import EventLog
 from microserve.router.strategies.prefill_decode import prefill_decode
 from microserve.runtime.async_client import AsyncClient
-from microserve.runtime.errors import Cancelled, InvalidRequest, ModelNotFound
+from microserve.runtime.errors import Cancelled, InvalidRequest, ModelNotFound, PeerLost
 from microserve.runtime.ids import Peer
+from microserve.runtime.log import get_logger
 from microserve.runtime.messages import (
     CacheEvict,
     Drain,
@@ -87,6 +89,29 @@ def test_a_request_is_seen_with_its_sub_requests_while_it_runs_and_after() -> No
         assert receiver.last(PrepRecv).done
 
     with_client(work, prefill_decode.configure())
+
+
+def test_the_line_of_a_request_that_failed_names_engines_with_their_epochs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What other tests have logged does not count against the rate of what is logged now.
+    monkeypatch.setattr(inspection, "_log", get_logger(inspection.__name__))
+
+    async def main() -> None:
+        async with World() as world:
+            first, second = await world.add("a", epoch=31), await world.add("b", epoch=47)
+            generation = world.generate(request_id="q")
+            await world.settle()
+            await first.die()
+            await world.settle()
+            await second.die()
+            with pytest.raises(PeerLost):
+                await read(generation)
+
+    run_virtual(main())
+    [record] = [each for each in caplog.records if each.getMessage() == "request ended"]
+    told = record.fields  # type: ignore[attr-defined]
+    assert (told["request"], told["engines"], told["engine_epochs"]) == ("q", "a,b", "1f,2f")
 
 
 def test_oldest_first_newest_past_first_and_limits() -> None:
