@@ -1,8 +1,9 @@
 """One engine process on a GPU, offline: decode by batch, prefill by length, throughput, and start to ready.
 
-Prompts are random token ids, weights are made up, sampling is greedy and ignores the end token; everything goes over
-the bus, so the figures hold for what a router sees. Decode is the slope between 32 and 256 outputs. With `--limits`,
-what the GPU can do at best is measured first, and beside each figure stands the least that the shape leaves it.
+Prompts are random token ids, weights are made up, sampling is greedy unless `--temperature` says otherwise, the end
+token is ignored, and everything goes over the bus: the figures hold for what a router sees. Decode is the slope between
+32 and 256 outputs. With `--limits`, what the GPU can do at best is measured first, and beside each figure stands the
+least that the shape leaves it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--prompts", default="128,512,2048,8192", help="prefill lengths (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="throughput: requests (default: %(default)s)")
     parser.add_argument("--executor", choices=("cuda", "torch"), default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--limits", action="store_true", help="measure the GPU's limits first (perf.roofline)")
     parser.add_argument("--flags", default="", help="further flags of the engine, separated by spaces")
     args = bench.arguments(parser, repeat=3, warmup=1)
@@ -153,7 +156,7 @@ async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
         ready = time.perf_counter() - began
         table.start(Sample((ready,)))
         client = await connect(bus, announced.info.endpoint)
-        load = _Load(client, announced.info.model.vocab_size)
+        load = _Load(client, announced.info.model.vocab_size, args.temperature, args.top_p)
         await load.generate(8, _PROMPT, 16)
         for batch in map(int, filter(None, args.batches.split(","))):
             table.decode(batch, Sample(tuple([await load.decode_step(batch) for _ in range(args.repeat)])))
@@ -187,8 +190,10 @@ async def _announced(router: _Router, process: asyncio.subprocess.Process) -> An
 class _Load:
     """Sends requests to one engine and waits for their ends."""
 
-    def __init__(self, client: RpcClient, vocabulary: int) -> None:
+    def __init__(self, client: RpcClient, vocabulary: int, temperature: float, top_p: float) -> None:
         self._client = client
+        self._temperature = temperature
+        self._top_p = top_p
         self._random = np.random.default_rng(0)
         self._vocabulary = vocabulary
         self._number = 0
@@ -211,7 +216,7 @@ class _Load:
     def _body(self, prompt: int, output: int) -> StartGenerate:
         self._number += 1
         ids = self._random.integers(0, self._vocabulary, prompt)
-        sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=output, temperature=self._temperature, top_p=self._top_p, ignore_eos=True)
         return StartGenerate(
             request_id=f"r{self._number}", sub_id=f"s{self._number}", prompt=pack_tokens(ids), sampling=sampling
         )
