@@ -47,7 +47,7 @@ class Step:
 _PLAIN = ("--executor", "torch", "--batches", "1,64", "--prompts", "2048", "--requests", "0")
 _SERVED = ("--model", "llama-3.1-8b", "--engines", "1", "--executor", "cuda")
 STEPS = (
-    Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 300, rows=False),
+    Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 450, rows=False),
     Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
     Step("plain", ("perf.engine", *_PLAIN), 150),
