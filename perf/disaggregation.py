@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import Struct
 
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.ids import Peer, new_epoch
@@ -153,11 +154,19 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, devices:
             await pair.disaggregated()
         local, apart = [], []
         for _ in range(args.repeat):
-            local.append(1e3 * await pair.local())
-            apart.append(1e3 * await pair.disaggregated())
-        bench.row("TTFT, local prefill", Sample(tuple(local)), unit="ms")
-        ratio = Sample(tuple(sorted(apart))).median / Sample(tuple(local)).median
-        bench.row("TTFT, 1P1D", Sample(tuple(apart)), unit="ms", note=f"{ratio:.2f}x local")
+            local.append(await pair.local())
+            apart.append(await pair.disaggregated())
+        prefilled = Sample(tuple(local))
+        bench.row("TTFT, local prefill", prefilled, unit="ms", scale=1e3)
+        whole, push = (Sample(tuple(getattr(each, name) for each in apart)) for name in ("seconds", "pushing"))
+        ratio, without = whole.median / prefilled.median, (whole.median - push.median) / prefilled.median
+        note = f"{ratio:.3f}x local; {without:.3f}x without the push"
+        bench.row("TTFT, 1P1D", whole, unit="ms", scale=1e3, note=note)
+        for name, what in _PARTS.items():
+            part = Sample(tuple(getattr(each, name) for each in apart))
+            bench.row(f"1P1D: {what}", part, unit="ms", scale=1e3)
+        last = Sample(tuple([await pair.step_alone() for _ in range(3)]))
+        bench.row("decode 1, prompt as long", last, unit="ms", note="what the last token's step is, at least")
     finally:
         for process in processes:
             if process.returncode is None:
@@ -182,6 +191,24 @@ async def _introduce(router: _Router, engines: dict[str, RpcClient]) -> None:
                 if isinstance(reply, InfoReply) and reply.links and reply.links[0].state != "connecting":
                     break
                 await asyncio.sleep(0.05)
+
+
+class Apart(Struct, frozen=True):
+    """The seconds of one 1P1D request, and of its parts, one after the other."""
+
+    seconds: float
+    preparing: float
+    sending: float
+    pushing: float
+    rest: float
+
+
+_PARTS = {
+    "preparing": "prep_recv",
+    "sending": "remote_send at the sender, from its arrival to the end of the push",
+    "pushing": "the push",
+    "rest": "messages to and from the sender, and the last token's step",
+}
 
 
 class _Pair:
@@ -267,20 +294,31 @@ class _Pair:
         await self._generate(self._receiver, prompt)
         return time.perf_counter() - began
 
-    async def disaggregated(self) -> float:
+    async def disaggregated(self) -> Apart:
         """The same, prefilled by the sender."""
         prompt = self._prompt()
         began = time.perf_counter()
         address = (await self._prepare(prompt, -1)).address
+        prepared = time.perf_counter()
         sending = asyncio.ensure_future(
             self._sender.call(RemoteSend(prompt=prompt, address=address, begin=0, end=-1, **self._names()))
         )
         end = await self._generate(self._receiver, prompt, lease=address.lease, begin=-1)
-        seconds = time.perf_counter() - began
-        await sending
-        if end.recomputed_tokens:
-            raise RuntimeError(f"KV did not come: {end}")
-        return seconds
+        ended = time.perf_counter()
+        report = await sending
+        if end.recomputed_tokens or not isinstance(report, SendReport):
+            raise RuntimeError(f"KV did not come: {end}, {report}")
+        rest = ended - prepared - report.seconds
+        return Apart(ended - began, prepared - began, report.seconds, report.push_seconds, rest)
+
+    async def step_alone(self) -> float:
+        """Milliseconds a step of one decode on the receiver, behind a prompt of this length."""
+        prompt, seconds = self._prompt(), []
+        for outputs in (1, 32, 256):
+            began = time.perf_counter()
+            await self._generate(self._receiver, prompt, outputs)
+            seconds.append(time.perf_counter() - began)
+        return 1e3 * (seconds[2] - seconds[1]) / (256 - 32)
 
     async def fragment(self, pages: int) -> None:
         """Leaves every second page free, in both pools."""
