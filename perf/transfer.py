@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from microserve.kv.transfer.base import KvMemory, PostState
+from microserve.kv.transfer.cuda_ipc import near_memory
 from microserve.kv.transfer.nixl import NixlTransport
 from microserve.kv.transfer.plan import runs
 from perf.harness import Benchmark, Sample, interleave, measure, ratio
@@ -69,7 +70,10 @@ def main() -> None:
         default=[16, 64, 512, 2048],
         help="page sizes, KiB; 2048 is 16 tokens of an 8B model (default: %(default)s)",
     )
-    parser.add_argument("--tls", help="UCX_TLS: what UCX may use, such as tcp (default: its own choice)")
+    parser.add_argument(
+        "--tls", help="UCX_TLS: what UCX may use, such as tcp; ^cuda_ipc maps no pool either (default: its own choice)"
+    )
+    parser.add_argument("--ucx-alone", action="store_true", help="map no pool of a GPU: UCX carries every page")
     args = bench.arguments(parser, repeat=9, warmup=2)
     if args.tls:
         os.environ["UCX_TLS"] = args.tls
@@ -85,7 +89,7 @@ def main() -> None:
         buffer = Buffer(args.device, 2 * nbytes)
         copy = copier(buffer, args.peer_device, nbytes)
         for size in sizes:
-            transport = NixlTransport(buffer.memory(size), f"sender-{size}:1")
+            transport = open_end(buffer, size, "sender", mapping=not args.ucx_alone)
             run(bench, args, transport, metadata[size], size, nbytes, copy)
             transport.close()
     finally:
@@ -93,6 +97,12 @@ def main() -> None:
         receiver.join(10)
         receiver.kill()
     bench.finish(args)
+
+
+def open_end(buffer: Buffer, page_bytes: int, side: str, *, mapping: bool = True) -> NixlTransport:
+    """As an engine opens it."""
+    memory = buffer.memory(page_bytes)
+    return NixlTransport(memory, f"{side}-{page_bytes}:1", near=near_memory(memory) if mapping else None)
 
 
 def run(
@@ -133,7 +143,8 @@ def run(
         pieces = len(runs(source, target))
         rates = {key: Sample(tuple(nbytes / seconds / 1e9 for seconds in taken[key].values)) for key in taken}
         what = "memcpy" if args.device == "cpu" else "one peer copy"
-        bench.row(f"{name} {layout}: push", rates["push"], unit="GB/s", note=f"{report.transport}, {pieces} pieces")
+        way = report.transport + (", mapped" if peer in transport.mapped else "")
+        bench.row(f"{name} {layout}: push", rates["push"], unit="GB/s", note=f"{way}, {pieces} pieces")
         bench.row(f"{name} {layout}: {what}", rates["copy"], unit="GB/s")
         bench.row(f"{name} {layout}: push / {what}", ratio(rates["push"], rates["copy"]), unit="×")
     page = np.zeros(1, dtype=np.int32)
@@ -172,7 +183,7 @@ def copier(buffer: Buffer, peer_device: str, nbytes: int) -> Callable[[PageArray
 def receive(pipe: Connection, device: str, nbytes: int, sizes: list[int]) -> None:
     """The other process: a pool, and a transport for each page size over it, looked after until the sender is done."""
     buffer = Buffer(device, nbytes)
-    transports = {size: NixlTransport(buffer.memory(size), f"receiver-{size}:1") for size in sizes}
+    transports = {size: open_end(buffer, size, "receiver") for size in sizes}
     pipe.send({size: transport.metadata() for size, transport in transports.items()})
     while not pipe.poll():
         for transport in transports.values():

@@ -1,4 +1,7 @@
-"""What every transport does: one suite, run against the loopback and against NIXL between two agents of a process."""
+"""What every transport does: one suite, run against the loopback and against NIXL between two agents of a process.
+
+Against NIXL twice: with UCX carrying the pages, and with pools that are mapped.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytest
+from tests.near_rig import LocalMemory
 
 from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
 from microserve.kv.transfer.factory import open_transport
 from microserve.kv.transfer.loopback import LoopbackHub
+from microserve.kv.transfer.nixl import NixlTransport
 from microserve.runtime.clock import monotonic
 
 if TYPE_CHECKING:
@@ -32,7 +37,11 @@ class End:
         self.name = name
         self.pool = np.random.default_rng(seed).integers(0, 256, (PAGES, page_bytes), dtype=np.uint8)
         memory = KvMemory(self.pool.ctypes.data, page_bytes, PAGES, owner=self.pool)
-        self.transport: Transport = open_transport(kind, memory, name, registry=hub)
+        self.transport: Transport
+        if kind == "nixl, mapped":
+            self.transport = NixlTransport(memory, name, near=LocalMemory())
+        else:
+            self.transport = open_transport(kind, memory, name, registry=hub)
         self.arrived: list[tuple[str, bytes]] = []
 
     def look(self) -> None:
@@ -72,7 +81,7 @@ def pages(numbers: list[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.array(numbers, dtype=np.int32)
 
 
-@pytest.fixture(params=["loopback", "nixl"])
+@pytest.fixture(params=["loopback", "nixl", "nixl, mapped"])
 def make(request: pytest.FixtureRequest) -> Iterator[Open]:
     hub = LoopbackHub()
     ends: list[End] = []

@@ -18,6 +18,7 @@ import numpy as np
 
 from microserve.engine.transfers import TransferThread
 from microserve.kv.transfer.base import KvMemory, PostState
+from microserve.kv.transfer.cuda_ipc import near_memory
 from microserve.kv.transfer.nixl import NixlTransport
 from microserve.runtime.clock import monotonic
 
@@ -41,8 +42,8 @@ class _Child:
             self.pool = torch.from_numpy(self.pool).to(device)
             address = self.pool.data_ptr()
         memory = KvMemory(address, page_bytes, pages, device=device, owner=self.pool)
-        self.transport = NixlTransport(memory, name, connect_limit=limit)
-        self.connecting: list[Connecting] = []
+        self.transport = NixlTransport(memory, name, near=near_memory(memory), connect_limit=limit)
+        self.connecting: dict[str, Connecting] = {}
         self.posts: list[Post] = []
         self.still = False
         """It looks at nothing."""
@@ -67,7 +68,8 @@ class _Child:
     def obey(self, order: dict[str, Any]) -> None:
         verb = order["verb"]
         if verb == "connect":
-            self.connecting.append(self.transport.connect(order["peer"], bytes.fromhex(order["metadata"])))
+            metadata = bytes.fromhex(order["metadata"])
+            self.connecting[order["peer"]] = self.transport.connect(order["peer"], metadata)
         elif verb == "push":
             source, target = (np.array(order[side], dtype=np.int32) for side in ("source", "target"))
             post = self.transport.post(order["peer"], source, target, order["note"].encode())
@@ -92,10 +94,10 @@ class _Child:
 
         def told() -> None:
             taken.append(self.written())
-            self.pool.fill(7)
+            self.pool[:] = 7
 
         transfers = TransferThread(self.transport, arrived=lambda arrivals: None, post=lambda function, *args: None)
-        self.pool.fill(7)
+        self.pool[:] = 7
         transfers.outlive(told)
         while not taken:
             transfers.turn()
@@ -105,7 +107,7 @@ class _Child:
 
     def written(self) -> int:
         """Pages that hold anything but sevens."""
-        return int((self.pool != 7).any(axis=1).sum())
+        return int((self.pool != 7).any(1).sum())
 
     def pages(self, numbers: list[int]) -> np.ndarray[Any, Any]:
         chosen = self.pool[numbers]
@@ -115,10 +117,11 @@ class _Child:
         for peer, note in self.transport.arrivals():
             if note:
                 self.say({"arrived": note.decode(), "peer": peer})
-        for connecting in tuple(self.connecting):
+        for peer, connecting in tuple(self.connecting.items()):
             if (report := connecting.poll()) is not None:
-                self.connecting.remove(connecting)
-                self.say({"transport": report.transport, "rate": report.gigabytes_per_second, "error": report.error})
+                del self.connecting[peer]
+                fact = {"transport": report.transport, "rate": report.gigabytes_per_second, "error": report.error}
+                self.say(fact | {"mapped": peer in self.transport.mapped})
         for post in tuple(self.posts):
             status = self.transport.poll(post)
             if status.state is not PostState.ACTIVE:

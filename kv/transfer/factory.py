@@ -21,6 +21,7 @@ def open_transport(
     if kind == "loopback":
         return LoopbackTransport(registry if registry is not None else LoopbackHub(), name, memory)
     # Imported here, so that whoever does not use it need not have it.
+    from microserve.kv.transfer.cuda_ipc import near_memory
     from microserve.kv.transfer.nixl import NixlTransport
 
-    return NixlTransport(memory, name, devices=devices)
+    return NixlTransport(memory, name, devices=devices, near=near_memory(memory))

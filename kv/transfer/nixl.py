@@ -1,5 +1,7 @@
 """Pushes over NIXL and UCX: NVLink, RDMA, shared memory or TCP, whatever UCX finds. The only module that imports nixl.
 
+Where GPUs of one host reach each other, the pages are copied without UCX (`cuda_ipc`); their notification goes its way.
+
 UCX is set up by environment variables that it reads when it is loaded; what is not set by us is the operator's.
 Nothing happens behind our back: no thread of NIXL's runs, so transfers go on, notifications go out and peers are
 answered only within `poll` and `arrivals`.
@@ -19,6 +21,7 @@ import msgspec
 import numpy as np
 
 from microserve.kv.transfer.base import LinkReport, PostState, PostStatus
+from microserve.kv.transfer.cuda_ipc import SharedMemory  # noqa: TC001 - msgspec reads it
 from microserve.kv.transfer.plan import check_pages, descriptors, runs
 from microserve.kv.transfer.ucx_journal import UcxJournal
 from microserve.runtime.clock import monotonic
@@ -26,8 +29,11 @@ from microserve.runtime.errors import TransferFailed
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import KvMemory, Post
+    from microserve.kv.transfer.cuda_ipc import NearMemory, Reach
     from microserve.kv.transfer.plan import DescriptorArray
     from microserve.runtime.clock import Clock
 
@@ -56,10 +62,12 @@ class _Metadata(msgspec.Struct, frozen=True):
     total_pages: int
     scratch: int
     scratch_bytes: int
+    shared: tuple[SharedMemory, SharedMemory] | None = None
+    """The pool and the scratch half that peers write, for peers that can map them."""
 
 
 class NixlPost:
-    """One push."""
+    """One push, by UCX."""
 
     __slots__ = ("error", "handle", "nbytes", "peer")
 
@@ -69,6 +77,41 @@ class NixlPost:
         self.nbytes = nbytes
         self.error = ""
         """Why it counts as failed although UCX may still work on it."""
+
+    def state(self, agent: Any) -> str:
+        """ "PROC", "DONE" or "ERR", as NIXL says it. Raises whatever NIXL raises."""
+        return str(agent.check_xfer_state(self.handle))
+
+    def release(self, agent: Any) -> None:
+        agent.release_xfer_handle(self.handle)
+
+
+class CopyPost:
+    """One push by copies into mapped memory. Its notification is sent by whoever finds that all is written."""
+
+    __slots__ = ("error", "nbytes", "notification", "peer", "told", "written")
+
+    def __init__(self, peer: str, written: Callable[[], bool], nbytes: int, notification: bytes) -> None:
+        self.peer = peer
+        self.nbytes = nbytes
+        self.notification = notification
+        self.error = ""
+        self.written = written
+        self.told = False
+
+    def state(self, agent: Any) -> str:
+        """As `NixlPost.state`."""
+        if self.error:
+            return "ERR"
+        if not self.told:
+            if not self.written():
+                return "PROC"
+            agent.send_notif(self.peer, self.notification)
+            self.told = True
+        return "DONE"
+
+    def release(self, agent: Any) -> None:
+        """Nothing is held."""
 
 
 class NixlTransport:
@@ -84,23 +127,29 @@ class NixlTransport:
         me: str,
         *,
         devices: str = "lo",
+        near: NearMemory | None = None,
         connect_limit: float = 5.0,
         clock: Clock = monotonic,
     ) -> None:
-        """`connect_limit`: seconds that a peer may take to answer a probe.
+        """`near`: how pools of peers on this host are reached without UCX.
+
+        `connect_limit`: seconds that a peer may take to answer a probe.
 
         Raises `TransferFailed` when NIXL is missing or does not start.
         """
         self.me = me
         self._memory = memory
         self._clock = clock
+        self._near = near
         self._connect_limit = connect_limit
         self._segment = "VRAM" if memory.device.startswith("cuda") else "DRAM"
         self._device = int(memory.device.partition(":")[2] or 0) if self._segment == "VRAM" else 0
         self._thread = 0
         """The thread that has the device's context."""
         self._peers: dict[str, _Metadata] = {}
-        self._left: list[NixlPost] = []
+        self._reached: dict[str, Reach] = {}
+        """Peers whose pool and scratch area are mapped here."""
+        self._left: list[NixlPost | CopyPost] = []
         """Posts that count as failed and that UCX still works on."""
         self._closed = False
         self._journal = _journal()
@@ -132,14 +181,29 @@ class NixlTransport:
             total_pages=memory.total_pages,
             scratch=self._scratch + size,
             scratch_bytes=size,
+            shared=self._share(memory.address, self._scratch + size),
         )
 
     @property
     def name(self) -> str:
         return "nixl"
 
+    @property
+    def mapped(self) -> frozenset[str]:
+        """Peers whose pools are mapped here: pages go there without UCX."""
+        return frozenset(self._reached)
+
     def metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._metadata)
+
+    def _share(self, pool: int, scratch: int) -> tuple[SharedMemory, SharedMemory] | None:
+        if self._near is None:
+            return None
+        try:
+            return self._near.share(pool), self._near.share(scratch)
+        except TransferFailed as error:
+            _log.info("peers on this host push here through UCX", reason=str(error))
+            return None
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -165,9 +229,24 @@ class NixlTransport:
                 self._forget_agent(named)
                 return f"the metadata is that of {named}, not of {peer}"
         self._peers[peer] = theirs
+        self._reach(peer, theirs)
         return ""
 
+    def _reach(self, peer: str, theirs: _Metadata) -> None:
+        """Maps what `peer` shares, where it can be mapped; where not, UCX pushes."""
+        if self._near is None or theirs.shared is None or theirs.host != self._metadata.host:
+            return
+        if peer == self.me or peer in self._reached:
+            return
+        try:
+            self._reached[peer] = self._near.reach(theirs.shared)
+        except TransferFailed as error:
+            _log.info("pushes go through UCX", peer=peer, reason=str(error))
+
     def disconnect(self, peer: str) -> None:
+        if (reach := self._reached.pop(peer, None)) is not None:
+            self._bind()
+            reach.close()
         if self._peers.pop(peer, None) is not None and peer != self.me:
             self._forget_agent(peer)
 
@@ -178,15 +257,17 @@ class NixlTransport:
             _log.debug("NIXL did not forget a peer", peer=peer, error=repr(error))
         self._tell_warnings()
 
-    def probe(self, peer: str, *, warm: bool) -> NixlPost | str:
-        """Starts to push our scratch area into the peer's."""
+    def probe(self, peer: str, *, warm: bool) -> NixlPost | CopyPost | str:
+        """Starts to push our scratch area into the peer's. `warm`: a little of it, by UCX, whatever pushes go by."""
         theirs = self._peers[peer]
+        reach = None if warm else self._reached.get(peer)
         size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
         zeros, sizes = np.zeros(times, dtype=np.int64), np.ones(times, dtype=np.int64)
         here = descriptors(zeros, sizes, self._scratch, size, self._device)
-        there = descriptors(zeros, sizes, theirs.scratch, size, theirs.device)
-        return self._post(peer, here, there, theirs.segment, _PROBE)
+        address = theirs.scratch if reach is None else reach.addresses[1]
+        there = descriptors(zeros, sizes, address, size, theirs.device)
+        return self._begin(peer, reach, here, there, _PROBE)
 
     def kind(self, peer: str) -> str:
         """What carries pages to `peer`: as UCX says; where it does not, as it must be."""
@@ -202,7 +283,7 @@ class NixlTransport:
 
     # --- pushes ------------------------------------------------------------------------------------------------------
 
-    def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> NixlPost | str:
+    def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> NixlPost | CopyPost | str:
         self._bind()
         theirs = self._metadata if peer == self.me else self._peers.get(peer)
         if theirs is None:
@@ -210,10 +291,23 @@ class NixlTransport:
         ours = self._metadata
         if error := check_pages(source, target, ours.total_pages, theirs.total_pages):
             return error
+        reach = self._reached.get(peer)
         found = runs(source, target)
         here = descriptors(found[:, 0], found[:, 2], ours.address, ours.page_bytes, ours.device)
-        there = descriptors(found[:, 1], found[:, 2], theirs.address, theirs.page_bytes, theirs.device)
-        return self._post(peer, here, there, theirs.segment, notification)
+        address = theirs.address if reach is None else reach.addresses[0]
+        there = descriptors(found[:, 1], found[:, 2], address, theirs.page_bytes, theirs.device)
+        return self._begin(peer, reach, here, there, notification)
+
+    def _begin(
+        self, peer: str, reach: Reach | None, here: DescriptorArray, there: DescriptorArray, notification: bytes
+    ) -> NixlPost | CopyPost | str:
+        if reach is None:
+            segment = self._metadata.segment if peer == self.me else self._peers[peer].segment
+            return self._post(peer, here, there, segment, notification)
+        try:
+            return CopyPost(peer, reach.copy(here, there), int(here[:, 1].sum()), notification)
+        except TransferFailed as error:
+            return _describe(peer, error)
 
     def _post(
         self, peer: str, here: DescriptorArray, there: DescriptorArray, segment: str, notification: bytes
@@ -244,7 +338,7 @@ class NixlTransport:
 
     def poll(self, post: Post) -> PostStatus:
         self._bind()
-        ours = cast("NixlPost", post)
+        ours = cast("NixlPost | CopyPost", post)
         if ours.error:
             return PostStatus(PostState.FAILED, ours.error)
         if ours.peer not in self._peers and ours.peer != self.me:
@@ -259,20 +353,20 @@ class NixlTransport:
         self._tell_warnings()
         return PostStatus(PostState.FAILED, ours.error)
 
-    def _state(self, post: NixlPost) -> tuple[str, str]:
+    def _state(self, post: NixlPost | CopyPost) -> tuple[str, str]:
         try:
-            return str(self._agent.check_xfer_state(post.handle)), ""
+            return post.state(self._agent), ""
         except Exception as error:  # its errors have no base of their own
             return "ERR", _describe(post.peer, error)
 
     def release(self, post: Post) -> None:
-        ours = cast("NixlPost", post)
+        ours = cast("NixlPost | CopyPost", post)
         if self._state(ours)[0] == "PROC":
             # Released now, it would go on all the same, and NIXL would wait for it in here.
             self._left.append(ours)
             return
         try:
-            self._agent.release_xfer_handle(ours.handle)
+            ours.release(self._agent)
         except Exception as error:  # its errors have no base of their own; there is nothing left to lose
             _log.debug("NIXL did not release a transfer", peer=ours.peer, error=repr(error))
 
@@ -327,7 +421,7 @@ class _Probe:
         self._until = clock() + limit
         self._left = 1 + _MEASURED
         self._best = 0.0
-        self._post: NixlPost | None = None
+        self._post: NixlPost | CopyPost | None = None
         self._began = 0.0
         self._error = error
 

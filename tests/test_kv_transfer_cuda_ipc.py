@@ -1,0 +1,269 @@
+"""Pools of peers that are mapped: what goes into them, when it is told, and what happens where they cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.near_rig import LocalMemory
+from tests.transfer_child import Child
+
+from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
+from microserve.kv.transfer.cuda_ipc import CudaIpc, SharedMemory, near_memory
+from microserve.kv.transfer.nixl import NixlTransport
+from microserve.runtime.clock import monotonic
+from microserve.runtime.errors import TransferFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from microserve.kv.transfer.base import Post
+
+    Open = Callable[..., "End"]
+
+PAGES, PAGE = 16, 4096
+
+
+class End:
+    """One engine's end, which maps the pools of others through `near`."""
+
+    def __init__(self, name: str, seed: int, *, near: LocalMemory | None = None) -> None:
+        self.name = name
+        self.pool = np.random.default_rng(seed).integers(0, 256, (PAGES, PAGE), dtype=np.uint8)
+        self.near = near or LocalMemory()
+        memory = KvMemory(self.pool.ctypes.data, PAGE, PAGES, owner=self.pool)
+        self.transport = NixlTransport(memory, name, near=self.near)
+        self._arrived: list[tuple[str, bytes]] = []
+
+    def connect(self, other: End, metadata: bytes | None = None) -> LinkReport:
+        connecting = self.transport.connect(other.name, metadata or other.transport.metadata())
+        until = monotonic() + 20.0
+        while (report := connecting.poll()) is None:
+            self.transport.arrivals()
+            other.transport.arrivals()
+            assert monotonic() < until
+        return report
+
+    def begin(self, other: End, source: list[int], target: list[int], note: bytes = b"note") -> Post | str:
+        ours, theirs = np.array(source, dtype=np.int32), np.array(target, dtype=np.int32)
+        return self.transport.post(other.name, ours, theirs, note)
+
+    def push(self, other: End, source: list[int], target: list[int]) -> PostStatus:
+        post = self.begin(other, source, target)
+        assert not isinstance(post, str)
+        return self.end(post, other)
+
+    def end(self, post: Post, other: End) -> PostStatus:
+        until = monotonic() + 20.0
+        while (status := self.transport.poll(post)).state is PostState.ACTIVE:
+            other.heard(1)
+            assert monotonic() < until
+        self.transport.release(post)
+        return status
+
+    def heard(self, looks: int = 200) -> list[tuple[str, bytes]]:
+        """What has arrived, after so many looks more."""
+        self._arrived += [each for _ in range(looks) for each in self.transport.arrivals() if each[1]]
+        return self._arrived
+
+
+@pytest.fixture
+def make() -> Iterator[Open]:
+    with ExitStack() as stack:
+
+        def begin(name: str, seed: int, **options: Any) -> End:
+            end = End(name, seed, **options)
+            stack.callback(end.transport.close)
+            return end
+
+        yield begin
+
+
+@pytest.fixture
+def pair(make: Open) -> tuple[End, End]:
+    one, two = make("one:1", 1), make("two:2", 2)
+    assert one.connect(two).error == ""
+    return one, two
+
+
+def test_pages_are_copied_into_the_mapped_pool_and_told_once_they_are_written(pair: tuple[End, End]) -> None:
+    one, two = pair
+    before, expected = one.near.copied, two.pool.copy()
+    assert before > 0, "the probe measures the way that pages go"
+    assert one.transport.mapped == {"two:2"}
+    post = one.begin(two, [1, 2, 9], [3, 4, 0])
+    assert not isinstance(post, str)
+    assert post.nbytes == 3 * PAGE == one.near.copied - before
+    assert one.transport.poll(post).state is PostState.ACTIVE
+    assert two.heard() == []
+    np.testing.assert_array_equal(two.pool, expected)
+    assert one.end(post, two) == PostStatus(PostState.DONE)
+    assert two.heard() == [("one:1", b"note")]
+    expected[[3, 4, 0]] = one.pool[[1, 2, 9]]
+    np.testing.assert_array_equal(two.pool, expected)
+
+
+def test_disconnecting_ends_copies_first_and_they_are_never_told(pair: tuple[End, End]) -> None:
+    one, two = pair
+    post = one.begin(two, [1], [2])
+    assert not isinstance(post, str)
+    one.transport.disconnect("two:2")
+    assert (one.near.open, one.transport.mapped) == (0, frozenset())
+    two.pool[2] = 7
+    assert one.transport.poll(post) == PostStatus(PostState.FAILED, "two:2 was disconnected")
+    assert one.connect(two).error == ""
+    one.transport.release(post)
+    assert (two.heard(), one.near.open) == ([], 2)
+    assert (two.pool[2] == 7).all(), "a post that was given up still wrote"
+    one.transport.close()
+    assert one.near.open == 0
+
+
+def test_a_pool_that_cannot_be_mapped_is_written_by_ucx(make: Open) -> None:
+    one, two, near = make("one:1", 1), make("two:2", 2), LocalMemory()
+    other = make("three:3", 3, near=near)
+    near.broken = "the GPUs do not reach each other"
+    assert (other.connect(two).error, other.transport.mapped) == ("", frozenset())
+    assert other.push(two, [1], [2]).state is PostState.DONE
+    assert (near.copied, two.heard()) == (0, [("three:3", b"note")])
+    np.testing.assert_array_equal(two.pool[2], other.pool[1])
+    elsewhere = msgspec.msgpack.decode(two.transport.metadata()) | {"host": "another"}
+    assert one.connect(two, msgspec.msgpack.encode(elsewhere)).error == ""
+    assert one.push(two, [3], [4]).state is PostState.DONE
+    assert (one.transport.mapped, one.near.copied) == (frozenset(), 0)
+    np.testing.assert_array_equal(two.pool[4], one.pool[3])
+
+
+def test_a_copy_that_cannot_be_begun_is_an_error_and_the_next_one_may_work(pair: tuple[End, End]) -> None:
+    one, two = pair
+    one.near.broken = "no"
+    assert one.begin(two, [0], [0]) == "pushing to two:2: TransferFailed: no"
+    one.near.broken = ""
+    assert one.push(two, [0], [0]).state is PostState.DONE
+
+
+@pytest.mark.parametrize(
+    ("tls", "allowed"),
+    [("all", True), ("cuda", True), ("rc,cuda_ipc", True), ("tcp", False), ("^cuda_ipc", False), ("^rc,ud", True)],
+)
+def test_ucx_tls_has_a_say_in_it(tls: str, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", tls)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert isinstance(near_memory(KvMemory(0, PAGE, PAGES, "cuda:1")), CudaIpc) is allowed
+    assert near_memory(KvMemory(0, PAGE, PAGES, "cpu")) is None
+
+
+def test_without_a_driver_nothing_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert near_memory(KvMemory(0, PAGE, PAGES, "cuda:0")) is None
+
+
+class _Driver:
+    """Maps the first allocation that it is shown, and no other."""
+
+    def __init__(self) -> None:
+        self.mapped: list[int] = []
+
+    def cuIpcOpenMemHandle_v2(self, base: Any, handle: Any, flags: Any) -> int:
+        if self.mapped:
+            return 217
+        base._obj.value = 4096
+        self.mapped.append(4096)
+        return 0
+
+    def cuIpcCloseMemHandle(self, base: Any) -> int:
+        self.mapped.remove(base.value)
+        return 0
+
+    def cuGetErrorString(self, status: Any, words: Any) -> int:
+        words._obj.value = b"peer access is not supported"
+        return 0
+
+
+def test_what_was_mapped_is_given_back_when_the_rest_cannot_be() -> None:
+    driver = _Driver()
+    ipc = CudaIpc(driver, 0)
+    area = SharedMemory(bytes(64), 0)
+    with pytest.raises(TransferFailed, match=r"^cuIpcOpenMemHandle_v2: peer access is not supported \(217\)$"):
+        ipc.reach([area, area])
+    assert driver.mapped == []
+    with pytest.raises(TransferFailed, match="a handle of 3 bytes is not one of CUDA's"):
+        ipc.reach([area, SharedMemory(b"abc", 0)])
+    assert driver.mapped == []
+
+
+MANY, LARGE = 16384, 1 << 16
+"""Pages of 64 KiB: 1 GiB takes a GPU half a millisecond, and three to another."""
+
+
+@pytest.fixture
+def children() -> Iterator[tuple[Child, Child]]:
+    """On two GPUs where there are two, else on one; a pool of 1 GiB each."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    with ExitStack() as stack:
+        made = []
+        for name, seed, device in (("one:1", 1, 0), ("two:2", 2, torch.cuda.device_count() - 1)):
+            env = dict(os.environ)
+            child = Child(name, seed=seed, pages=MANY, page_bytes=LARGE, env=env, device=f"cuda:{device}")
+            stack.callback(child.end)
+            made.append(child)
+        one, two = made
+        report = one.connect(two)
+        assert (report["transport"], report["error"], report["mapped"]) == ("cuda_ipc", "", True)
+        yield one, two
+
+
+@pytest.mark.gpu
+def test_scattered_pages_of_a_gpu_arrive_and_no_others(children: tuple[Child, Child]) -> None:
+    one, two = children
+    places = np.random.default_rng(3).permutation(MANY)
+    source, target, rest = places[:6000].tolist(), places[4000:10000].tolist(), sorted(places[10000:].tolist())
+    before = two.digest(rest)
+    one.tell("push", peer="two:2", source=source, target=target, note="all")
+    assert one.hear("pushed") == {"pushed": "done", "error": ""}
+    assert two.hear("arrived") == {"arrived": "all", "peer": "one:1"}
+    assert two.digest(target) == one.digest(source)
+    assert two.digest(rest) == before
+
+
+@pytest.mark.gpu
+def test_a_dead_sender_writes_no_page_of_a_gpu(children: tuple[Child, Child]) -> None:
+    one, two = children
+    pages = list(range(MANY))
+    two.tell("still")
+    two.hear("still")
+    for number in range(30):
+        one.tell("push", peer="two:2", source=pages, target=pages, note=f"never {number}")
+    one.hear("posted")
+    one.process.kill()
+    one.process.wait()
+    two.tell("outlive")
+    assert two.hear("overwritten")["overwritten"] == 0
+
+
+@pytest.mark.gpu
+def test_a_receiver_that_dies_hurts_nobody_else(children: tuple[Child, Child]) -> None:
+    one, two = children
+    pages = list(range(MANY))
+    for number in range(10):
+        one.tell("push", peer="two:2", source=pages, target=pages, note=f"to the dead {number}")
+    one.hear("posted")
+    two.process.kill()
+    two.process.wait()
+    for _ in range(10):
+        assert one.hear("pushed")["pushed"] in ("done", "failed", "refused")
+    one.tell("disconnect", peer="two:2")
+    one.tell("push", peer="one:1", source=[1], target=[2], note="mine")
+    assert one.hear("pushed") == {"pushed": "done", "error": ""}
+    assert one.hear("arrived") == {"arrived": "mine", "peer": "one:1"}
+    assert one.digest([1]) == one.digest([2])
