@@ -23,9 +23,10 @@ import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays, table_room
-from microserve.engine.cuda_sampler import draw, greedy, on_device
+from microserve.engine.cuda_sampler import Draws, greedy, on_device
 from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.executor import DeviceLost
+from microserve.engine.model.cuda_draw import draw
 from microserve.engine.plan import Sampled, StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
@@ -98,8 +99,6 @@ class CudaExecutor:
         self._attention = PagedAttention(decoder, pool, most_decodes=2 * max_running)
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
-        self._drawing: dict[int, SequenceStart] = {}
-        """Sequences whose tokens are drawn on the GPU."""
         self._host_drawn: set[int] = set()
         """Sequences whose tokens are drawn on the CPU. Every other one is greedy."""
         # Those that run, those that ended in a step in flight, sends, and one for padding.
@@ -107,6 +106,7 @@ class CudaExecutor:
         self._free_slots = list(range(self._slot_count - 1))
         self._last = torch.zeros(self._slot_count, dtype=torch.int64, device=device)
         self._sampler = Sampler(decoder.config.vocab_size)
+        self._draws = Draws(self._slot_count)
         self._flights: deque[_Flight] = deque()
         self._parity = 0
         tables = table_room(max_running, model.max_context, pool.shape.page_size)
@@ -224,13 +224,13 @@ class CudaExecutor:
             self._host_drawn.add(sequence)
             self._sampler.start(start)
         elif start.sampling.temperature > 0.0:
-            self._drawing[sequence] = start
+            self._draws.start(self._slots[sequence], start.sampling, start.seed)
 
     def _forget(self, sequence: int) -> None:
         slot = self._slots.pop(sequence, None)
         if slot is not None:
             self._free_slots.append(slot)
-        self._drawing.pop(sequence, None)
+            self._draws.forget(slot)
         self._host_drawn.discard(sequence)
         self._sampler.forget(sequence)
 
@@ -389,25 +389,13 @@ class CudaExecutor:
         count = len(arrays.samples)
         result = self._results[self._parity][:count]
         host: list[int] = []
-        drawn: list[int] = []
         if self._host_drawn:
             host = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._host_drawn]
-        if self._drawing:
-            drawn = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._drawing]
-        if drawn:
-            starts = [self._drawing[arrays.samples[row][0]] for row in drawn]
-            rows = torch.tensor(drawn, pin_memory=True).to(self._device, non_blocking=True)
-            chosen = draw(
-                logits.index_select(0, rows),
-                [start.sampling for start in starts],
-                [start.seed for start in starts],
-                [arrays.samples[row][1] for row in drawn],
-            )
-            slots = torch.from_numpy(arrays.sampled_slots[drawn].astype(np.int64)).pin_memory()
-            self._last.index_copy_(0, slots.to(self._device, non_blocking=True), chosen)
-            # A row whose best logit is no number keeps its -1.
-            kept = tokens.index_select(0, rows)
-            tokens.index_copy_(0, rows, torch.where(kept < 0, kept, chosen.int()))
+        if self._draws:
+            columns = self._draws.columns(arrays.sampled_slots, [index for _, index in arrays.samples])
+            if columns.size:
+                on_gpu = torch.from_numpy(columns).pin_memory().to(self._device, non_blocking=True)
+                draw(logits, on_gpu, tokens, self._last)
         host_logits = host_slots = None
         if host:
             rows = torch.tensor(host, pin_memory=True).to(self._device, non_blocking=True)

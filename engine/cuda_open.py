@@ -93,8 +93,8 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     with first_step(progress):
         peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
-    # Made later: what graphs leave their logits in, as much for those that are drawn, and three page tables of int32.
-    peak += 2 * config.max_running * model.vocab_size * dtype.itemsize
+    # Made later: what graphs leave their logits in, and three page tables of int32.
+    peak += config.max_running * model.vocab_size * dtype.itemsize
     peak += 3 * 4 * table_room(config.max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)

@@ -10,21 +10,22 @@ import numpy as np
 import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
-from microserve.engine.cuda_sampler import draw
+from microserve.engine.cuda_sampler import Draws
+from microserve.engine.model.cuda_draw import draw
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
     from microserve.engine.model.decoder import Decoder
 
-_WORST = SamplingParams(temperature=1.0, top_k=100, top_p=0.9, min_p=0.01)
+_DRAWN = SamplingParams(temperature=1.0, top_k=100, top_p=0.9, min_p=0.01)
 
 
 def worst_step_bytes(
     decoder: Decoder, shape: PageShape, device: torch.device, step_tokens: int, max_running: int
 ) -> int:
-    """Bytes that a step of `step_tokens` tokens of prompts needs above the weights, with tokens drawn for `max_running`
-    rows by all settings there are."""
+    """Bytes that a step of `step_tokens` tokens of prompts needs above the weights, with logits for `max_running`
+    rows."""
     longest, size = decoder.cos.shape[0], shape.page_size
     lengths = [min(longest, step_tokens - begin) for begin in range(0, step_tokens, longest)]
     used = [-(-length // size) for length in lengths]
@@ -50,8 +51,7 @@ def worst_step_bytes(
             step = StepAttention(attention, places, 0, table, table, targets, plan)
             hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
             logits = decoder.logits(hidden[: min(tokens, max_running)])
-            rows = len(logits)
-            draw(logits, [_WORST] * rows, range(rows), [0] * rows)
+            _draw(logits)
         torch.cuda.synchronize(device)
     # The pool and the workspaces are among it: the real ones take their place.
     peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes
@@ -59,3 +59,12 @@ def worst_step_bytes(
     gc.collect()
     torch.cuda.empty_cache()
     return peak
+
+
+def _draw(logits: torch.Tensor) -> None:
+    """So that the kernel is there when the first token is drawn. It takes no memory to speak of."""
+    draws = Draws(1)
+    draws.start(0, _DRAWN, 0)
+    columns = torch.from_numpy(draws.columns(np.zeros(1, dtype=np.int32), [0])).to(logits.device)
+    tokens = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    draw(logits, columns, tokens, tokens.long())

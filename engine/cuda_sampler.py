@@ -1,4 +1,4 @@
-"""Sampling on the GPU without waiting for it: greedy, temperature, top-k, top-p and min-p.
+"""Sampling on the GPU without waiting for it: greedy, temperature, top-k, top-p and min-p (drawn by `cuda_draw`).
 
 Penalties, biases, `min_tokens` and log probabilities need what a sequence said so far: those rows are sampled by the
 CPU's `Sampler`, and the step after them waits for it.
@@ -9,22 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from microserve.engine.sampler import COLDEST, uniforms
+from microserve.engine.sampler import COLDEST, uniform_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
     from torch import Tensor
 
+    from microserve.engine.cuda_inputs import IntArray
     from microserve.runtime.messages import SamplingParams
 
 
 _GREEDY_PARTS = 64
 _GREEDY_MOST = 4096
-_DRAWN = 128
-"""Rows that are drawn at once: sorting takes forty bytes for each of their logits."""
 
 
 def on_device(sampling: SamplingParams) -> bool:
@@ -54,45 +53,39 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, places.gather(1, part.unsqueeze(1)).squeeze(1) + part * (vocab // parts)
 
 
-def draw(logits: Tensor, settings: Sequence[SamplingParams], seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
-    """A token int64 [rows] for each row of `logits` [rows, vocab], none of them greedy; nothing waits for the GPU.
+class Draws:
+    """What sequences draw by that are sampled on the GPU and are not greedy. By slot."""
 
-    The random number of a row is Philox(seed, output index), as on the CPU. Top-k, then top-p of what is left, then
-    min-p, each over the distribution at the row's temperature.
-    """
-    groups = [slice(at, at + _DRAWN) for at in range(0, len(settings), _DRAWN)]
-    return torch.cat([_draw(logits[each], settings[each], seeds[each], indices[each]) for each in groups])
+    def __init__(self, slots: int) -> None:
+        self._settings = np.zeros((4, slots))
+        """Temperature, 0 where nothing is drawn, top_k, top_p and min_p."""
+        self._seeds = np.zeros(slots, dtype=np.uint64)
+        self._started: set[int] = set()
 
+    def __len__(self) -> int:
+        return len(self._started)
 
-def _draw(logits: Tensor, settings: Sequence[SamplingParams], seeds: Sequence[int], indices: Sequence[int]) -> Tensor:
-    device, vocab = logits.device, logits.shape[1]
-    numbers = uniforms(list(seeds), list(indices))
-    columns = np.stack(
-        [
-            np.array([max(each.temperature, COLDEST) for each in settings], dtype=np.float64),
-            np.array([each.top_k if 0 < each.top_k < vocab else vocab for each in settings], dtype=np.float64),
-            np.array([each.top_p for each in settings], dtype=np.float64),
-            np.array([each.min_p for each in settings], dtype=np.float64),
-            numbers,
-        ]
-    )
-    temperature, top_k, top_p, min_p, number = (
-        torch.from_numpy(columns).pin_memory().to(device, non_blocking=True).unsqueeze(2).unbind(0)
-    )
-    wide = logits.float()
-    probabilities = torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperature.float(), dim=-1)
-    if any(0 < each.top_k < vocab or each.top_p < 1.0 for each in settings):
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(vocab, device=device)
-        ordered = torch.where(rank < top_k, ordered, 0.0)
-        before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
-        ordered = torch.where(before < top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64), ordered, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
-    if any(each.min_p > 0.0 for each in settings):
-        best = probabilities.amax(dim=-1, keepdim=True)
-        probabilities = torch.where(probabilities >= min_p.float() * best, probabilities, 0.0)
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.minimum(number * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Within the vocabulary also where the logits are no numbers: the next step looks it up before anybody is told.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=vocab - 1)
+    def start(self, slot: int, sampling: SamplingParams, seed: int) -> None:
+        """A sequence that draws has this slot now."""
+        temperature = max(sampling.temperature, COLDEST)
+        self._settings[:, slot] = (temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        self._seeds[slot] = seed & 0xFFFFFFFFFFFFFFFF
+        self._started.add(slot)
+
+    def forget(self, slot: int) -> None:
+        """The slot's sequence draws no more. Idempotent."""
+        self._settings[0, slot] = 0.0
+        self._started.discard(slot)
+
+    def columns(self, slots: IntArray, indices: Sequence[int]) -> npt.NDArray[np.float64]:
+        """What `cuda_draw.draw` needs to know of a step's samples: float64 [7, drawn].
+
+        `slots` int32 [samples] are theirs, and `indices` their output indices. The random number of each is
+        Philox(seed, output index), as on the CPU.
+        """
+        rows = np.flatnonzero(self._settings[0, slots])
+        drawn = slots[rows]
+        numbers = uniform_array(self._seeds[drawn], np.asarray(indices, dtype=np.uint64)[rows])
+        columns = np.concatenate((rows[None], drawn[None], self._settings[:, drawn], numbers[None]))
+        # Choosing columns may have laid them one behind the other.
+        return np.ascontiguousarray(columns)

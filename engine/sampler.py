@@ -55,8 +55,12 @@ def philox4x32(counter: WordArray, key: WordArray) -> WordArray:
 
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, output index), with 53 random bits."""
-    seed = np.array([value & 0xFFFFFFFFFFFFFFFF for value in seeds], dtype=np.uint64)
-    index = np.array(indices, dtype=np.uint64)
+    words = [value & 0xFFFFFFFFFFFFFFFF for value in seeds]
+    return uniform_array(np.array(words, dtype=np.uint64), np.array(indices, dtype=np.uint64))
+
+
+def uniform_array(seed: WordArray, index: WordArray) -> npt.NDArray[np.float64]:
+    """`uniforms` of arrays uint64 [n]."""
     zero = np.zeros_like(index)
     words = philox4x32(
         np.stack((index & _LOW, index >> _WORD, zero, zero), axis=1), np.stack((seed & _LOW, seed >> _WORD), axis=1)

@@ -1,53 +1,65 @@
-"""The GPU's sampler on the CPU: what it draws is the same program."""
+"""What the GPU's sampler tells its kernel, which a CPU can say; the kernel's own tests need a GPU."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from microserve.engine.cuda_sampler import draw
+from microserve.engine.cuda_sampler import Draws, greedy, on_device
+from microserve.engine.sampler import COLDEST, uniforms
 from microserve.runtime.messages import SamplingParams
 
-VOCAB = 1000
+
+def slots(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(numbers, dtype=np.int32)
 
 
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-
-
-@pytest.mark.parametrize("temperature", [1e-5, 1e-20, 1e-38, 1e-40, 5e-324])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.5)])
-def test_the_coldest_draw_the_likeliest(temperature: float, top_k: int, top_p: float) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(4, VOCAB).bfloat16() * 30
-    logits[:, 7] = 400.0
-    settings = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)] * 4
-    assert draw(logits, settings, range(4), [0] * 4).tolist() == [7] * 4
-
-
-def test_a_row_that_is_no_numbers_draws_a_token_that_there_is_and_leaves_its_neighbours_alone() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(3, VOCAB)
-    settings = [SamplingParams(temperature=1.0)] * 3
-    whole = draw(logits, settings, range(3), [0] * 3).tolist()
-    logits[1] = torch.nan
-    drawn = draw(logits, settings, range(3), [0] * 3).tolist()
-    assert 0 <= drawn[1] < VOCAB
-    assert (drawn[0], drawn[2]) == (whole[0], whole[2])
-
-
-def test_a_row_is_drawn_alike_whatever_it_is_drawn_with() -> None:
-    torch.manual_seed(0)
-    rows = 300
-    logits = torch.randn(rows, VOCAB)
-    each = (
-        SamplingParams(temperature=0.5),
-        SamplingParams(temperature=1.0, top_k=7),
-        SamplingParams(temperature=2.0, top_p=0.6, min_p=0.02),
+def test_the_columns_of_a_step_are_those_of_its_slots_that_draw() -> None:
+    draws = Draws(8)
+    draws.start(5, SamplingParams(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1), 42)
+    draws.start(2, SamplingParams(temperature=1e-20), -1)
+    assert len(draws) == 2
+    columns = draws.columns(slots(0, 5, 1, 2), [9, 3, 9, 4])
+    numbers = uniforms([42, -1], [3, 4])
+    np.testing.assert_array_equal(
+        columns, [[1, 3], [5, 2], [0.5, COLDEST], [7, 0], [0.9, 1.0], [0.1, 0.0], numbers], strict=False
     )
-    settings = [each[row % 3] for row in range(rows)]
-    together = draw(logits, settings, range(rows), [4] * rows).tolist()
-    for row in (0, 1, 2, 127, 128, 129, 299):
-        alone = draw(logits[row : row + 1], settings[row : row + 1], [row], [4])
-        assert together[row] == int(alone), row
+    assert columns.flags.c_contiguous
+
+
+def test_a_slot_that_is_forgotten_draws_no_more_and_its_next_sequence_draws_its_own_way() -> None:
+    draws = Draws(4)
+    draws.start(1, SamplingParams(temperature=1.0, top_k=3), 7)
+    draws.forget(1)
+    draws.forget(1)
+    assert (len(draws), draws.columns(slots(1), [0]).size) == (0, 0)
+    draws.start(1, SamplingParams(temperature=2.0), 8)
+    np.testing.assert_array_equal(
+        draws.columns(slots(1), [5])[:, 0], [0, 1, 2.0, 0, 1.0, 0.0, uniforms([8], [5])[0]], strict=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "here"),
+    [
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),
+        ({"logprobs": 0}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"min_tokens": 1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": 0.1}, False),
+    ],
+)
+def test_what_needs_a_history_is_sampled_on_the_cpu(settings: dict[str, object], here: bool) -> None:
+    assert on_device(SamplingParams(**settings)) is here  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1024), (64, 1024), (65, 1024), (2, 1000)])
+def test_the_greedy_choice_is_the_first_of_the_largest(rows: int, vocab: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(0, 50, (rows, vocab)).bfloat16()
+    best, ids = greedy(logits)
+    assert torch.equal(best, logits.amax(dim=-1))
+    assert ids.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]
