@@ -167,9 +167,20 @@ class RunEngine:
         begin: int | None = None,
         watch: Sending | Iterable[Sending] = (),
         kv_wait: float | None = None,
+        max_tokens: int | None = None,
+        after: Sequence[int] = (),
     ) -> TokenStream:
         run, link = self._run, self._link
-        length = len(run.request.prompt)
+        request, prompt = run.request, run.prompt_bytes
+        if len(after):
+            request = request.after(list(after))
+            prompt = pack_tokens(request.prompt)
+        sampling, length = request.sampling, len(request.prompt)
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise InvalidRequest(f"max_tokens is {max_tokens}, and at least 1", param="max_tokens")
+            most = min(sampling.max_tokens, request.prior_output + max_tokens)
+            sampling = msgspec.structs.replace(sampling, max_tokens=most)
         own = None if kv is None else _own(kv)
         if own is None:
             begin = 0 if begin is None else begin
@@ -181,10 +192,10 @@ class RunEngine:
         body = StartGenerate(
             request_id=run.request.id,
             sub_id=run.next_sub_id(),
-            prompt=run.prompt_bytes,
+            prompt=prompt,
             begin=begin,
-            sampling=run.request.sampling,
-            prior_output=run.request.prior_output,
+            sampling=sampling,
+            prior_output=request.prior_output,
             lease=None if own is None else own.address.lease,
             kv_wait=None if own is None else run.kv_wait(kv_wait),
         )
@@ -255,7 +266,18 @@ class RunEngine:
 class TokenStream:
     """The chunks of one `start_generate`."""
 
-    __slots__ = ("_call", "_charge", "_finished", "_kv", "_link", "_record", "_run", "_waiting")
+    __slots__ = (
+        "_call",
+        "_charge",
+        "_finished",
+        "_kv",
+        "_link",
+        "_most",
+        "_prior_output",
+        "_record",
+        "_run",
+        "_waiting",
+    )
 
     def __init__(
         self, run: SubRequests, link: EngineLink, kv: RunKv | None, body: StartGenerate, charge: Charge
@@ -266,7 +288,9 @@ class TokenStream:
         self._charge = charge
         self._waiting = True
         self._finished = False
-        self._record = run.begin_record("start_generate", link, body.begin, len(run.request.prompt))
+        self._prior_output = body.prior_output
+        self._most = body.sampling.max_tokens
+        self._record = run.begin_record("start_generate", link, body.begin, len(body.prompt) // 4)
         try:
             self._call: CallStream = run.call(link, body, self._record, self._ended)
         except MicroserveError:
@@ -323,7 +347,7 @@ class TokenStream:
             record.matched = usage.cached_tokens
             record.reused = record.matched + reply.received_tokens
             # What it had cached of earlier output is not told, and counts as computed.
-            record.computed = max(0, usage.prompt_tokens + self._run.request.prior_output - record.reused)
+            record.computed = max(0, usage.prompt_tokens + self._prior_output - record.reused)
         self._run.discharge(self._charge)
 
     def _last(self, chunk: Chunk) -> Chunk:
@@ -331,9 +355,12 @@ class TokenStream:
         if type(reply) is not Generated:
             raise _strange(self._link, reply)
         self._finished = True
-        usage = reply.usage
+        usage, run = reply.usage, self._run
         cached = usage.cached_tokens
-        whole = self._run.cached_tokens(self._link, self._kv, cached, reply.received_tokens)
+        whole = run.cached_tokens(self._link, self._kv, cached, reply.received_tokens)
+        if reply.finish_reason == "length" and self._most < run.request.sampling.max_tokens:
+            run.went_on(whole)
+            return chunk
         if whole != cached:
             reply = msgspec.structs.replace(reply, usage=msgspec.structs.replace(usage, cached_tokens=whole))
         chunk.finish = reply

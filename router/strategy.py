@@ -222,8 +222,13 @@ class Engine(Protocol):
         begin: int | None = None,
         watch: Sending | Iterable[Sending] = (),
         kv_wait: float | None = None,
+        max_tokens: int | None = None,
+        after: Sequence[int] = (),
     ) -> AsyncIterator[Chunk]:
         """Start to prefill the request's prompt from `begin` and to decode; returns the chunks as they come.
+
+        With `max_tokens` (at least 1) it stops after so many. When that, and not the request, ends it, no chunk has
+        `finish`: another engine goes on, `after` what was output here (token ids, in order).
 
         With `kv`, which has to be on this engine: as soon as the KV before `begin` (by default its `end`) has arrived;
         what does not come within `kv_wait` seconds (by default as the engine is configured) is computed. The

@@ -82,12 +82,14 @@ class SubRequests:
         self._charges: list[Charge] = []
         self._names: list[int] | None = None
         self._began: tuple[EngineLink, RunKv | None, int] | None = None
+        self._first_cached: int | None = None
+        """What nobody computed, of a choice whose first tokens came from another engine than the next ones."""
 
     def go_on(self, request: Request) -> None:
         """The choice begins again, with what is left of it. Everything that was started has been let go of."""
         self.request = request
         self.prompt_bytes = pack_tokens(request.prompt)
-        self._names = None
+        self._names = self._first_cached = None
 
     # --- making calls ------------------------------------------------------------------------------------------------
 
@@ -331,6 +333,8 @@ class SubRequests:
 
         `cached` the engine found in its prefix tree, and `received` it got. Part of either was computed for us.
         """
+        if self._first_cached is not None:
+            return self._first_cached
         own = moved = 0
         for each in self._kvs:
             for sending in each.sendings:
@@ -346,6 +350,12 @@ class SubRequests:
     def began(self, link: EngineLink, kv: RunKv | None, cached: int) -> None:
         """A generation has its first tokens, and said how much of the prompt it found in its prefix tree."""
         self._began = (link, kv, cached)
+
+    def went_on(self, cached: int) -> None:
+        """A generation has ended where the program wanted it to, not the request. `cached` tokens of the prompt nobody
+        computed for it; whatever else is cached where it goes on was computed for this choice."""
+        if self._first_cached is None:
+            self._first_cached = cached
 
     @property
     def cached_so_far(self) -> int:

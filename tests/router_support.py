@@ -250,7 +250,9 @@ def _in_words(body: object) -> str:
         case RemoteSend():
             return f"remote_send {body.address.engine_id} {body.begin} {body.end}"
         case StartGenerate():
-            return f"start_generate {body.begin}" + (f" lease={body.lease}" if body.lease is not None else "")
+            lease = f" lease={body.lease}" if body.lease is not None else ""
+            after = f" after={body.prior_output}" if body.prior_output else ""
+            return f"start_generate {body.begin}{lease}{after}"
         case Commit():
             return f"commit lease={body.lease}"
         case Release():

@@ -58,13 +58,14 @@ async def add(world: World, name: str, *labels: str) -> ScriptedEngine:
 
 
 def say(engine: ScriptedEngine, call: IncomingCall) -> None:
-    """Two tokens, and the end."""
+    """The tokens 1 and 2, as many of them as are wanted and were not said before, and the end."""
     body = call.body
     assert isinstance(body, StartGenerate)
     engine._use_up(call)
-    call.part(Tokens(ids=pack_tokens([1])))
-    call.part(Tokens(ids=pack_tokens([2])))
-    usage = Usage(prompt_tokens=len(body.prompt) // 4, completion_tokens=2)
+    most = min(2, body.sampling.max_tokens)
+    for token in range(body.prior_output + 1, most + 1):
+        call.part(Tokens(ids=pack_tokens([token])))
+    usage = Usage(prompt_tokens=len(body.prompt) // 4, completion_tokens=most)
     call.reply(Generated(finish_reason="length", usage=usage))
 
 
@@ -80,12 +81,74 @@ async def serve(world: World, prompt: list[int] = PROMPT) -> list[str]:
 # --- prefill_decode --------------------------------------------------------------------------------------------------
 
 
+def test_the_first_token_comes_from_the_engine_that_prefills_and_kv_moves_behind_it() -> None:
+    async def check(world: World) -> None:
+        assert await serve(world) == [
+            "d prep_recv end=-1",
+            "p start_generate 0",
+            "p remote_send d 0 80",
+            "d start_generate 80 lease=401 after=1",
+        ]
+        first, last = world.engines["p"].calls[0].body, world.engines["d"].started()
+        assert isinstance(first, StartGenerate)
+        assert (first.sampling.max_tokens, last.sampling.max_tokens) == (1, 16)
+        assert last.prompt == pack_tokens([*PROMPT, 1])
+        # Part of it is cached there, and the rest is less than a page: nobody says anything early.
+        world.engines["d"].matched = 80
+        assert (await serve(world))[1:] == ["p remote_send d 80 89", "d start_generate 89 lease=403"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=0)
+
+
+def test_who_wants_one_token_needs_no_second_engine() -> None:
+    async def check(world: World) -> None:
+        generation = world.generate(PROMPT, max_tokens=1)
+        (chunk,) = await read(generation)
+        assert (chunk.tokens, chunk.finish is not None) == ([1], True)
+        await world.core.wait_idle()
+        await world.settle()
+        assert world.log == ["d prep_recv end=-1", "p start_generate 0", "d release lease=401"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
+    async def check(world: World) -> None:
+        p = world.engines["p"]
+        p.answers[RemoteSend] = lambda call: p.report(call, reused=80)
+        p.answers[StartGenerate] = lambda call: say(p, call)
+        chunks = await read(world.generate(PROMPT))
+        assert chunks[-1].finish is not None
+        assert chunks[-1].finish.usage.cached_tokens == 0
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_the_engine_that_prefilled_dies_behind_the_first_token() -> None:
+    async def check(world: World) -> None:
+        p = world.engines["p"]
+        p.answers[RemoteSend] = lambda call: call.fail(TransferFailed("torn"))
+        log = await serve(world)
+        assert log[3:] == ["d start_generate 80 lease=401 after=1", "d forgo lease=401 0 80"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_kv_of_long_prompts_moves_while_it_is_computed() -> None:
+    async def check(world: World) -> None:
+        assert (await serve(world))[1] == "p remote_send d 0 89"
+        world.engines["d"].matched = 32
+        assert (await serve(world))[1] == "p start_generate 0"
+
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=60, min_remote=0)
+
+
 def test_prefill_and_decode_on_two_engines() -> None:
     async def check(world: World) -> None:
         expected = ["d prep_recv end=-1", "p remote_send d 0 89", "d start_generate 89 lease=401"]
         assert await serve(world) == expected
 
-    run("prefill_decode", check, "d-decode", "p-prefill")
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=0)
 
 
 def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
@@ -101,7 +164,7 @@ def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
         assert (await serve(world, PROMPT[:80]))[1:] == ["d start_generate 79 lease=407"]
         assert len(world.engines["p"].calls) == 1
 
-    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64)
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64, early_first=0)
 
 
 def test_without_regard_to_caches_every_prompt_is_sent() -> None:
@@ -110,7 +173,7 @@ def test_without_regard_to_caches_every_prompt_is_sent() -> None:
         assert (await serve(world))[1] == "p remote_send d 80 89"
         assert (await serve(world, [1]))[1] == "d start_generate 0 lease=403"
 
-    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False)
+    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False, early_first=0)
 
 
 def test_several_engines_of_each_kind_take_turns() -> None:
@@ -120,7 +183,7 @@ def test_several_engines_of_each_kind_take_turns() -> None:
         calls = {name: len(engine.calls) for name, engine in world.engines.items()}
         assert calls == {"a": 8, "b": 8, "c": 8, "x": 6, "y": 6}
 
-    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill")
+    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill", early_first=0)
 
 
 def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
@@ -132,7 +195,7 @@ def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
         assert log[0] == f"{first} prep_recv end=-1"
         assert log[1].split()[1:] == ["remote_send", first, "80", "189"]
 
-    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill")
+    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill", early_first=0)
 
 
 def test_one_engine_alone_serves_disaggregated_requests() -> None:
@@ -148,7 +211,7 @@ def test_another_engine_prefills_though_the_one_that_decodes_carries_the_label_t
         end = 89 if name == "prefill_decode" else 64
         assert (await serve(world))[1:] == [f"q remote_send d 0 {end}", f"d start_generate {end} lease=401"]
 
-    run(name, check, "d-decode-prefill", "q")
+    run(name, check, "d-decode-prefill", "q", **({"early_first": 0} if name == "prefill_decode" else {}))
 
 
 # --- balanced --------------------------------------------------------------------------------------------------------
