@@ -11,7 +11,7 @@ from microserve.runtime.errors import TransferFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from microserve.kv.transfer.plan import DescriptorArray
+    from microserve.kv.transfer.plan import RunArray
 
 _LOOKS = 2
 """Looks at a copy that find it under way."""
@@ -46,12 +46,11 @@ class LocalReach:
         self._memory = memory
         self._ordered: list[_Copy] = []
 
-    def copy(self, here: DescriptorArray, there: DescriptorArray) -> Callable[[], bool]:
+    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
         if self._memory.broken:
             raise TransferFailed(self._memory.broken)
-        assert here[:, 1].tolist() == there[:, 1].tolist()
-        self._memory.copied += int(here[:, 1].sum())
-        self._ordered.append(_Copy(here, there))
+        self._memory.copied += int(runs[:, 2].sum()) * page_bytes
+        self._ordered.append(_Copy((runs * page_bytes + [source, target, 0]).tolist()))
         return self._ordered[-1].look
 
     def close(self) -> None:
@@ -61,8 +60,8 @@ class LocalReach:
 
 
 class _Copy:
-    def __init__(self, here: DescriptorArray, there: DescriptorArray) -> None:
-        self._pairs = list(zip(there[:, 0].tolist(), here[:, 0].tolist(), here[:, 1].tolist(), strict=True))
+    def __init__(self, pieces: list[list[int]]) -> None:
+        self._pieces = pieces
         self._left = _LOOKS
 
     def look(self) -> bool:
@@ -73,7 +72,7 @@ class _Copy:
         return True
 
     def make(self) -> None:
-        for target, source, size in self._pairs:
+        for source, target, size in self._pieces:
             ctypes.memmove(target, source, size)
-        self._pairs.clear()
+        self._pieces.clear()
         self._left = 0

@@ -171,6 +171,24 @@ class _Driver:
 
     def __init__(self) -> None:
         self.mapped: list[int] = []
+        self.context = 0
+        """Current in this thread; 0 is none."""
+
+    def cuCtxGetCurrent(self, current: Any) -> int:
+        current._obj.value = self.context
+        return 0
+
+    def cuDeviceGet(self, number: Any, device: Any) -> int:
+        number._obj.value = 10 + device.value
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, number: Any) -> int:
+        context._obj.value = 100 + number.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.context = context.value
+        return 0
 
     def cuIpcOpenMemHandle_v2(self, base: Any, handle: Any, flags: Any) -> int:
         if self.mapped:
@@ -194,7 +212,7 @@ def test_what_was_mapped_is_given_back_when_the_rest_cannot_be() -> None:
     area = SharedMemory(bytes(64), 0)
     with pytest.raises(TransferFailed, match=r"^cuIpcOpenMemHandle_v2: peer access is not supported \(217\)$"):
         ipc.reach([area, area])
-    assert driver.mapped == []
+    assert (driver.mapped, driver.context) == ([], 110), "torch's own context, whichever thread this is"
     with pytest.raises(TransferFailed, match="a handle of 3 bytes is not one of CUDA's"):
         ipc.reach([area, SharedMemory(b"abc", 0)])
     assert driver.mapped == []

@@ -14,7 +14,6 @@ from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
-import numpy as np
 
 from microserve.runtime.errors import TransferFailed
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from microserve.kv.transfer.base import KvMemory
-    from microserve.kv.transfer.plan import DescriptorArray
+    from microserve.kv.transfer.plan import RunArray
 
 _BATCH_SINCE: Final = 13000
 """The CUDA version whose form of cuMemcpyBatchAsync is called here."""
@@ -45,8 +44,8 @@ class Reach(Protocol):
         """Where it begins for us, in the order that it was asked for."""
         ...
 
-    def copy(self, here: DescriptorArray, there: DescriptorArray) -> Callable[[], bool]:
-        """Begins to copy our bytes `here` to `there`, which are of the same lengths, pair by pair.
+    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+        """Begins to copy `runs` of pages, as `plan.runs` finds them, from our address `source` on to `target` on.
 
         What it returns says whether all is written. Raises `TransferFailed` when it cannot be begun; then nothing is
         written any more.
@@ -107,19 +106,21 @@ class _Attributes(ctypes.Structure):
 
 
 class CudaIpc:
-    """Implements `NearMemory` for memory of the GPU `device`, which has to be current in the thread that calls."""
+    """Implements `NearMemory` for memory of the GPU `device`. One thread maps and copies."""
 
     def __init__(self, driver: Any, device: int) -> None:
         self._driver = driver
         self._device = device
 
     def share(self, address: int) -> SharedMemory:
+        _enter(self._driver, self._device)
         base, size, handle = c_uint64(), c_size_t(), _Handle()
         _call(self._driver, "cuMemGetAddressRange_v2", byref(base), byref(size), c_uint64(address))
         _call(self._driver, "cuIpcGetMemHandle", byref(handle), base)
         return SharedMemory(bytes(handle), address - base.value)
 
     def reach(self, areas: Sequence[SharedMemory]) -> Reach:
+        _enter(self._driver, self._device)
         bases: list[int] = []
         try:
             for area in areas:
@@ -145,33 +146,33 @@ class _CudaReach:
         self._driver = driver
         self._bases = bases
         self._batch = _batch_copy(driver)
+        self._attributes = _Attributes(order=_IN_STREAM_ORDER)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        self._handle = c_void_p(self._stream.cuda_stream)
+        self._event = torch.cuda.Event
 
-    def copy(self, here: DescriptorArray, there: DescriptorArray) -> Callable[[], bool]:
-        import torch
-
+    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+        # What CUDA reads while it is called: three arrays of pointers and lengths, each in one piece.
+        sources, targets = runs[:, 0] * page_bytes + source, runs[:, 1] * page_bytes + target
+        sizes = runs[:, 2] * page_bytes
         try:
-            self._order(here, there)
+            self._order(sources, targets, sizes)
         except TransferFailed:
             self._settle()
             raise
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        event: Any = self._event()  # type: ignore[no-untyped-call, unused-ignore]
         event.record(self._stream)
         written: Callable[[], bool] = event.query
         return written
 
-    def _order(self, here: DescriptorArray, there: DescriptorArray) -> None:
-        # What CUDA reads while it is called: three arrays of pointers and lengths, each in one piece.
-        sources, targets, sizes = (np.ascontiguousarray(each) for each in (here[:, 0], there[:, 0], here[:, 1]))
-        stream = c_void_p(self._stream.cuda_stream)
+    def _order(self, sources: RunArray, targets: RunArray, sizes: RunArray) -> None:
         if self._batch is None:
             for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
                 numbers = (c_uint64(target), c_uint64(source), c_size_t(size))
-                _call(self._driver, "cuMemcpyDtoDAsync_v2", *numbers, stream)
+                _call(self._driver, "cuMemcpyDtoDAsync_v2", *numbers, self._handle)
             return
-        attributes, first = _Attributes(order=_IN_STREAM_ORDER), c_size_t(0)
         arrays = (targets.ctypes.data, sources.ctypes.data, sizes.ctypes.data)
-        status = self._batch(*arrays, len(sizes), byref(attributes), byref(first), 1, stream)
+        status = self._batch(*arrays, len(sizes), byref(self._attributes), byref(c_size_t(0)), 1, self._handle)
         _check(self._driver, "cuMemcpyBatchAsync", status)
 
     def close(self) -> None:
@@ -181,6 +182,17 @@ class _CudaReach:
     def _settle(self) -> None:
         with suppress(RuntimeError):  # a GPU that is lost writes nothing more
             self._stream.synchronize()
+
+
+def _enter(driver: Any, device: int) -> None:
+    """Makes the device's context, the one that torch uses, current in this thread: torch itself may leave that until it
+    launches something."""
+    current, primary, number = c_void_p(), c_void_p(), c_int()
+    _call(driver, "cuCtxGetCurrent", byref(current))
+    if current.value is None:
+        _call(driver, "cuDeviceGet", byref(number), c_int(device))
+        _call(driver, "cuDevicePrimaryCtxRetain", byref(primary), number)
+        _call(driver, "cuCtxSetCurrent", primary)
 
 
 def _batch_copy(driver: Any) -> Any:

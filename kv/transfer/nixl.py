@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import KvMemory, Post
     from microserve.kv.transfer.cuda_ipc import NearMemory, Reach
-    from microserve.kv.transfer.plan import DescriptorArray
+    from microserve.kv.transfer.plan import DescriptorArray, RunArray
     from microserve.runtime.clock import Clock
 
 _WARM_BYTES: Final = 4096
@@ -240,6 +240,7 @@ class NixlTransport:
             return
         try:
             self._reached[peer] = self._near.reach(theirs.shared)
+            _log.info("pushes go straight into the peer's pool", peer=peer)
         except TransferFailed as error:
             _log.info("pushes go through UCX", peer=peer, reason=str(error))
 
@@ -263,11 +264,13 @@ class NixlTransport:
         reach = None if warm else self._reached.get(peer)
         size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
-        zeros, sizes = np.zeros(times, dtype=np.int64), np.ones(times, dtype=np.int64)
-        here = descriptors(zeros, sizes, self._scratch, size, self._device)
-        address = theirs.scratch if reach is None else reach.addresses[1]
-        there = descriptors(zeros, sizes, address, size, theirs.device)
-        return self._begin(peer, reach, here, there, _PROBE)
+        # As many times the only page of a pool, which is the scratch area.
+        found = np.array([[0, 0, 1]] * times, dtype=np.int64)
+        if reach is not None:
+            return self._copy(peer, reach, found, self._scratch, reach.addresses[1], size, _PROBE)
+        here = descriptors(found[:, 0], found[:, 2], self._scratch, size, self._device)
+        there = descriptors(found[:, 1], found[:, 2], theirs.scratch, size, theirs.device)
+        return self._post(peer, here, there, theirs.segment, _PROBE)
 
     def kind(self, peer: str) -> str:
         """What carries pages to `peer`: as UCX says; where it does not, as it must be."""
@@ -291,23 +294,21 @@ class NixlTransport:
         ours = self._metadata
         if error := check_pages(source, target, ours.total_pages, theirs.total_pages):
             return error
-        reach = self._reached.get(peer)
         found = runs(source, target)
+        if (reach := self._reached.get(peer)) is not None:
+            return self._copy(peer, reach, found, ours.address, reach.addresses[0], ours.page_bytes, notification)
         here = descriptors(found[:, 0], found[:, 2], ours.address, ours.page_bytes, ours.device)
-        address = theirs.address if reach is None else reach.addresses[0]
-        there = descriptors(found[:, 1], found[:, 2], address, theirs.page_bytes, theirs.device)
-        return self._begin(peer, reach, here, there, notification)
+        there = descriptors(found[:, 1], found[:, 2], theirs.address, theirs.page_bytes, theirs.device)
+        return self._post(peer, here, there, theirs.segment, notification)
 
-    def _begin(
-        self, peer: str, reach: Reach | None, here: DescriptorArray, there: DescriptorArray, notification: bytes
-    ) -> NixlPost | CopyPost | str:
-        if reach is None:
-            segment = self._metadata.segment if peer == self.me else self._peers[peer].segment
-            return self._post(peer, here, there, segment, notification)
+    def _copy(
+        self, peer: str, reach: Reach, found: RunArray, here: int, there: int, page_bytes: int, notification: bytes
+    ) -> CopyPost | str:
         try:
-            return CopyPost(peer, reach.copy(here, there), int(here[:, 1].sum()), notification)
+            written = reach.copy(found, here, there, page_bytes)
         except TransferFailed as error:
             return _describe(peer, error)
+        return CopyPost(peer, written, int(found[:, 2].sum()) * page_bytes, notification)
 
     def _post(
         self, peer: str, here: DescriptorArray, there: DescriptorArray, segment: str, notification: bytes
