@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from msgspec import Struct
 
-from microserve.runtime.codec import pack_tokens
+from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.messages import (
     Announce,
@@ -42,6 +42,7 @@ from microserve.runtime.messages import (
     SamplingParams,
     SendReport,
     StartGenerate,
+    Tokens,
 )
 from microserve.runtime.rpc import RpcClient, RpcServer, connect
 from microserve.runtime.zmq_bus import ZmqBus
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3000, help="prompt length (default: %(default)s)")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="of sender and receiver (default: %(default)s)")
     parser.add_argument("--pages", type=int, default=6000, help="pages of each pool (default: %(default)s)")
+    parser.add_argument("--log-level", default="warning", help="of the engines (default: %(default)s)")
     args = bench.arguments(parser, repeat=9, warmup=2)
     devices = tuple(args.devices.split(","))
     most = max(int(each.removeprefix("cuda:")) for each in devices)
@@ -112,7 +114,7 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, devices:
         command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
         command += ["--executor", "cuda", "--device", device, "--step-tokens", "8192", "--max-running", "64"]
         command += ["--max-context", "16384", "--routers", listener.endpoint, "--engine-id", name]
-        command += ["--transport", "nixl", "--kv-pages", str(args.pages), "--log-level", "warning"]
+        command += ["--transport", "nixl", "--kv-pages", str(args.pages), "--log-level", args.log_level]
         processes.append(await asyncio.create_subprocess_exec(*command, env=os.environ))
     try:
         async with asyncio.timeout(120):
@@ -151,17 +153,23 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, devices:
         bench.row("decode 8, while pushing", Sample(tuple(pushing)), unit="ms", note=f"{rate:.0f} GB/s meanwhile")
         for _ in range(args.warmup):
             await pair.local()
+            await pair.first_token_early()
             await pair.disaggregated()
-        local, apart = [], []
+        local, early, apart = [], [], []
         for _ in range(args.repeat):
             local.append(await pair.local())
+            early.append(await pair.first_token_early())
             apart.append(await pair.disaggregated())
         prefilled = Sample(tuple(local))
         bench.row("TTFT, local prefill", prefilled, unit="ms", scale=1e3)
+        first, second = (Sample(tuple(seconds)) for seconds in zip(*early, strict=True))
+        note = f"{first.median / prefilled.median:.3f}x local"
+        bench.row("TTFT, 1P1D, first token from the sender", first, unit="ms", scale=1e3, note=note)
+        bench.row("1P1D: its second token, after the first", second, unit="ms", scale=1e3)
         whole, push = (Sample(tuple(getattr(each, name) for each in apart)) for name in ("seconds", "pushing"))
         ratio, without = whole.median / prefilled.median, (whole.median - push.median) / prefilled.median
         note = f"{ratio:.3f}x local; {without:.3f}x without the push"
-        bench.row("TTFT, 1P1D", whole, unit="ms", scale=1e3, note=note)
+        bench.row("TTFT, 1P1D, first token from the receiver", whole, unit="ms", scale=1e3, note=note)
         for name, what in _PARTS.items():
             part = Sample(tuple(getattr(each, name) for each in apart))
             bench.row(f"1P1D: {what}", part, unit="ms", scale=1e3)
@@ -294,8 +302,36 @@ class _Pair:
         await self._generate(self._receiver, prompt)
         return time.perf_counter() - began
 
+    async def first_token_early(self) -> tuple[float, float]:
+        """The same, prefilled by the sender, which says the first token and then sends KV: as `prefill_decode` does.
+        Seconds to the first token, and from there to the second, which is the receiver's."""
+        ids = unpack_tokens(prompt := self._prompt())
+        began = time.perf_counter()
+        address = (await self._prepare(prompt, -1)).address
+        (token,) = await self._first(self._sender, prompt)
+        first = time.perf_counter()
+        whole = address.end // 16 * 16
+        sending = asyncio.ensure_future(
+            self._sender.call(RemoteSend(prompt=prompt, address=address, begin=0, end=whole, **self._names()))
+        )
+        longer = pack_tokens(np.append(ids, token))
+        end = await self._generate(self._receiver, longer, 2, prior_output=1, lease=address.lease, begin=whole)
+        second = time.perf_counter()
+        report = await sending
+        if end.received_tokens != whole or not isinstance(report, SendReport) or report.computed:
+            raise RuntimeError(f"KV did not come: {end}, {report}")
+        return first - began, second - first
+
+    async def _first(self, client: RpcClient, prompt: bytes) -> list[int]:
+        """The first token of `prompt`."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        stream = client.stream(StartGenerate(prompt=prompt, sampling=sampling, **self._names()))
+        return [
+            token async for part in stream if isinstance(part, Tokens) for token in unpack_tokens(part.ids).tolist()
+        ]
+
     async def disaggregated(self) -> Apart:
-        """The same, prefilled by the sender."""
+        """The same, prefilled by the sender; the first token is the receiver's, which has waited for the KV."""
         prompt = self._prompt()
         began = time.perf_counter()
         address = (await self._prepare(prompt, -1)).address
