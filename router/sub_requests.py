@@ -360,6 +360,8 @@ class SubRequests:
     @property
     def cached_so_far(self) -> int:
         """As `cached_tokens`, of a generation that has not ended: as far as it and the senders have told."""
+        if self._first_cached is not None:
+            return self._first_cached
         if self._began is None:
             return 0
         link, kv, cached = self._began

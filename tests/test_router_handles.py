@@ -12,6 +12,7 @@ from tests.strategy_rig import run, start, two
 from microserve.router.pending import uncovered
 from microserve.router.strategy import Chunk, Engine, Fleet, Request
 from microserve.router.sub_requests import MOST_RECORDS
+from microserve.runtime.codec import unpack_tokens
 from microserve.runtime.errors import (
     InternalError,
     InvalidRequest,
@@ -99,6 +100,86 @@ def test_what_is_asked_for_counts() -> None:
         generation.cancel()
 
     run(check, asking)
+
+
+# --- a generation in two parts -------------------------------------------------------------------------------------
+
+
+async def in_two_parts(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+    """Two tokens of one engine, the rest of another."""
+    output: list[int] = []
+    async for chunk in fleet.pick("prefill").start_generate(max_tokens=2):
+        output += chunk.tokens
+        yield chunk
+        if chunk.finish is not None:
+            return
+    async for chunk in fleet.pick("decode").start_generate(after=output):
+        yield chunk
+
+
+def test_a_generation_goes_on_elsewhere_after_the_tokens_it_was_limited_to() -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=5)
+        assert p.started().sampling.max_tokens == 2
+        await p.finish(7, 8, cached=16)
+        last = d.started()
+        assert (last.sampling.max_tokens, last.prior_output) == (5, 2)
+        assert unpack_tokens(last.prompt)[-2:].tolist() == [7, 8]
+        assert generation.cached_tokens == 16
+        await d.finish(9, cached=48)
+        chunks = await read(generation)
+        assert ids_of(chunks) == [7, 8, 9]
+        assert [chunk.finish is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        # What the second engine had cached may have been computed for this request.
+        assert generation.cached_tokens == 16
+        assert generation.engine_ids == ("p", "d")
+        assert [(each.begin, each.end, each.computed) for each in generation.sub_requests] == [(0, 50, 34), (0, 52, 6)]
+
+    run(check, in_two_parts)
+
+
+@pytest.mark.parametrize(("reason", "limit"), [("stop", 5), ("length", 2), ("length", 1)])
+def test_a_request_that_ends_within_its_first_part_is_over(reason: str, limit: int) -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=limit)
+        assert p.started().sampling.max_tokens == min(2, limit)
+        await p.finish(7, reason=reason)
+        chunks = await read(generation)
+        assert chunks[-1].finish is not None
+        assert chunks[-1].finish.finish_reason == reason
+        assert d.calls == []
+
+    run(check, in_two_parts)
+
+
+def test_a_limit_counts_from_what_was_delivered_before_an_engine_was_lost() -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=9)
+        await p.finish(7, 8, cached=16)
+        await d.tokens(9)
+        await d.die()
+        await world.settle()
+        again = (p.started(), p.started().prior_output, p.started().sampling.max_tokens)
+        assert again[1:] == (3, 5)
+        await p.finish(10, 11, cached=48)
+        assert q.started().prior_output == 5
+        await q.finish(12, cached=0)
+        assert ids_of(await read(generation)) == [7, 8, 9, 10, 11, 12]
+        assert generation.cached_tokens == 16
+
+    run(check, in_two_parts)
+
+
+def test_a_limit_below_one_token_is_the_programs_mistake() -> None:
+    async def none(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        async for chunk in fleet.pick().start_generate(max_tokens=0):
+            yield chunk
+
+    async def check(world: World, _d: ScriptedEngine, _p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        with pytest.raises(InvalidRequest, match="max_tokens is 0, and at least 1"):
+            await read(await start(world))
+
+    run(check, none)
 
 
 @pytest.mark.parametrize(("matched", "end"), [(48, 48), (48, 32), (0, 0)])
