@@ -167,6 +167,7 @@ class EngineCore:
             peers=self.peers,
             local=LocalWay(peer_name(engine_id, epoch), self.steps, self.kv),
             push=self._push,
+            warm=self._warm,
             limit=self.scheduler.check_prompt,
             event=event,
             clock=clock,
@@ -213,6 +214,10 @@ class EngineCore:
     def _expect(self, change: int) -> None:
         if self.transfers is not None:
             self.transfers.expect(change)
+
+    def _warm(self, peer: str) -> None:
+        if self.transfers is not None:
+            self.transfers.warm(peer)
 
     def _push(self, order: Push) -> None:
         if self.transfers is None:

@@ -122,7 +122,8 @@ class _Send:
 class Sends:
     """Every send of this engine.
 
-    `local` is the way to ourselves; `push` hands a push to the transfer thread. Of `scheduler` nothing is called but in
+    `local` is the way to ourselves; `push` hands a push to the transfer thread, and `warm` tells it that one to a peer
+    will come soon. Of `scheduler` nothing is called but in
     the step thread. `limit` raises for a prompt that is too long. Whoever delivers outputs finds ours in `sinks`.
     """
 
@@ -137,6 +138,7 @@ class Sends:
         peers: Peers,
         local: Way,
         push: Callable[[Push], None],
+        warm: Callable[[str], None] = lambda peer: None,
         limit: Callable[[int], None],
         event: Callable[[str, str], None] = lambda kind, detail: None,
         clock: Clock = monotonic,
@@ -149,6 +151,7 @@ class Sends:
         self._peers = peers
         self._local = local
         self._push = push
+        self._warm = warm
         self._limit = limit
         self._event = event
         self._clock = clock
@@ -248,6 +251,9 @@ class Sends:
             else:
                 peer = PeerAddress(engine_id=address.engine_id, epoch=address.epoch, endpoint=address.endpoint)
                 way = await self._peers.reach(peer)
+            if send.request.cached == send.request.known:
+                # What is to be pushed waits for nothing but the answer.
+                self._warm(way.name)
             asked_at = self._clock()
             body = Claim(
                 lease=address.lease,

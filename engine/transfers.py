@@ -200,6 +200,10 @@ class TransferThread:
         """Forgets `peer`; pushes to it that are under way fail. Idempotent."""
         self._command(lambda: self._disconnect(peer))
 
+    def warm(self, peer: str) -> None:
+        """A push to `peer` comes soon: code that has not run for a while makes its beginning slow."""
+        self._command(lambda: None if self._over else self._transport.warm(peer))
+
     def push(self, order: Push) -> None:
         """Begins a push as soon as the thread comes to it."""
         self._command(lambda: self._begin(order))

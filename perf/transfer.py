@@ -166,7 +166,7 @@ def copier(buffer: Buffer, peer_device: str, nbytes: int) -> Callable[[PageArray
     if buffer.device == "cpu":
 
         def memcpy(source: PageArray, target: PageArray, size: int) -> None:
-            for first, second, count in runs(source, target).tolist():
+            for first, second, count in runs(source, target):
                 ctypes.memmove(other.address + second * size, buffer.address + first * size, count * size)
 
         return memcpy

@@ -11,7 +11,7 @@ from microserve.runtime.errors import TransferFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from microserve.kv.transfer.plan import RunArray
+    from microserve.kv.transfer.plan import Runs
 
 _LOOKS = 2
 """Looks at a copy that find it under way."""
@@ -46,11 +46,12 @@ class LocalReach:
         self._memory = memory
         self._ordered: list[_Copy] = []
 
-    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+    def copy(self, runs: Runs, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
         if self._memory.broken:
             raise TransferFailed(self._memory.broken)
-        self._memory.copied += int(runs[:, 2].sum()) * page_bytes
-        self._ordered.append(_Copy((runs * page_bytes + [source, target, 0]).tolist()))
+        pieces = [(source + a * page_bytes, target + b * page_bytes, count * page_bytes) for a, b, count in runs]
+        self._memory.copied += sum(size for _, _, size in pieces)
+        self._ordered.append(_Copy(pieces))
         return self._ordered[-1].look
 
     def close(self) -> None:
@@ -60,7 +61,7 @@ class LocalReach:
 
 
 class _Copy:
-    def __init__(self, pieces: list[list[int]]) -> None:
+    def __init__(self, pieces: list[tuple[int, int, int]]) -> None:
         self._pieces = pieces
         self._left = _LOOKS
 

@@ -70,6 +70,22 @@ def test_a_range_within_a_lease_counts_for_itself() -> None:
     run_fleet(work)
 
 
+def test_the_way_is_made_ready_while_the_claim_is_under_way_when_all_is_cached() -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        kv = await fleet.prep_recv(b, LONG)
+        await fleet.remote_send(a, LONG, kv)
+        assert fleet.hub.warmed == [], "it would be cold again by the time that the prompt is computed"
+        await fleet.release(b, kv)
+        kv = await fleet.prep_recv(b, LONG)
+        report = await fleet.remote_send(a, LONG, kv)
+        assert report.computed == 0
+        assert [(one.split(":")[0], two.split(":")[0]) for one, two in fleet.hub.warmed] == [("a", "b")]
+        await fleet.release(b, kv)
+
+    run_fleet(work)
+
+
 def test_decodes_go_on_during_a_send() -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines

@@ -139,6 +139,24 @@ def test_a_pool_that_cannot_be_mapped_is_written_by_ucx(make: Open) -> None:
     np.testing.assert_array_equal(two.pool[4], one.pool[3])
 
 
+def test_warming_writes_no_page_and_says_nothing(pair: tuple[End, End]) -> None:
+    one, two = pair
+    before, copied = two.pool.copy(), one.near.copied
+    two.heard()
+    one.transport.warm("two:2")
+    assert one.near.copied == copied + 4096
+    assert [each for _ in range(200) for each in two.transport.arrivals()] == [("one:1", b"")]
+    one.transport.warm("never seen")
+    two.transport.warm("one:1")  # not connected from there
+    one.near.broken = "no"
+    one.transport.warm("two:2")
+    assert (two.heard(), one.heard()) == ([], [])
+    one.near.broken = ""
+    assert one.push(two, [0], [1]).state is PostState.DONE
+    before[1] = one.pool[0]
+    np.testing.assert_array_equal(two.pool, before)
+
+
 def test_a_copy_that_cannot_be_begun_is_an_error_and_the_next_one_may_work(pair: tuple[End, End]) -> None:
     one, two = pair
     one.near.broken = "no"

@@ -29,7 +29,7 @@ def _sides(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
 @given(PIECES)
 def test_runs_are_the_pairs_in_order_and_maximal(pieces: list[tuple[int, int, int]]) -> None:
     pairs = _pairs(pieces)
-    found = runs(*_sides(pairs)).tolist()
+    found = runs(*_sides(pairs))
     assert [(a + i, b + i) for a, b, count in found for i in range(count)] == pairs
     assert all(count >= 1 for _, _, count in found)
     for (a, b, count), (c, d, _) in itertools.pairwise(found):
@@ -42,24 +42,24 @@ def test_descriptors_cover_exactly_the_bytes_of_the_pages(
 ) -> None:
     pairs = _pairs(pieces)
     found = runs(*_sides(pairs))
-    for side, column in ((0, 0), (1, 1)):
-        made = descriptors(found[:, column], found[:, 2], address, page_bytes, device).tolist()
+    for side in (0, 1):
+        made = descriptors(found, side, address, page_bytes, device).tolist()
         covered = [start + offset for start, length, _ in made for offset in range(0, length, page_bytes)]
         assert covered == [address + pair[side] * page_bytes for pair in pairs]
         assert all(length % page_bytes == 0 and on == device for _, length, on in made)
 
 
 def test_one_run_when_both_sides_go_on_and_two_when_one_does_not() -> None:
-    assert runs(np.array([4, 5, 6], np.int32), np.array([8, 9, 10], np.int32)).tolist() == [[4, 8, 3]]
-    assert runs(np.array([4, 5, 6], np.int32), np.array([8, 9, 11], np.int32)).tolist() == [[4, 8, 2], [6, 11, 1]]
-    assert runs(np.array([5, 4], np.int32), np.array([9, 8], np.int32)).tolist() == [[5, 9, 1], [4, 8, 1]]
-    assert runs(np.array([], np.int32), np.array([], np.int32)).shape == (0, 3)
+    assert runs(np.array([4, 5, 6], np.int32), np.array([8, 9, 10], np.int32)) == [(4, 8, 3)]
+    assert runs(np.array([4, 5, 6], np.int32), np.array([8, 9, 11], np.int32)) == [(4, 8, 2), (6, 11, 1)]
+    assert runs(np.array([5, 4], np.int32), np.array([9, 8], np.int32)) == [(5, 9, 1), (4, 8, 1)]
+    assert runs(np.array([], np.int32), np.array([], np.int32)) == []
     with pytest.raises(ValueError, match="2 pages cannot go into 1"):
         runs(np.array([1, 2], np.int32), np.array([1], np.int32))
 
 
 def test_descriptors_of_pools_beyond_four_gigabytes_do_not_wrap() -> None:
-    made = descriptors(np.array([40_000]), np.array([2]), 1 << 46, 2 << 20, 3)
+    made = descriptors([(0, 40_000, 2)], 1, 1 << 46, 2 << 20, 3)
     assert made.dtype == np.uint64
     assert made.tolist() == [[(1 << 46) + 40_000 * (2 << 20), 4 << 20, 3]]
 

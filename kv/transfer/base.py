@@ -101,6 +101,10 @@ class Transport(Protocol):
         """
         ...
 
+    def warm(self, peer: str) -> None:
+        """A push to `peer` is to come: does what makes its beginning, and its notification, quick. Writes no page."""
+        ...
+
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> Post | str:
         """Starts to push our pages `source` into the peer's pages `target` (both int32 [n], n >= 1, in pairs).
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from contextlib import suppress
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from microserve.kv.transfer.base import KvMemory
-    from microserve.kv.transfer.plan import RunArray
+    from microserve.kv.transfer.plan import Runs
 
 _BATCH_SINCE: Final = 13000
 """The CUDA version whose form of cuMemcpyBatchAsync is called here."""
@@ -44,11 +46,11 @@ class Reach(Protocol):
         """Where it begins for us, in the order that it was asked for."""
         ...
 
-    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+    def copy(self, runs: Runs, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
         """Begins to copy `runs` of pages, as `plan.runs` finds them, from our address `source` on to `target` on.
 
-        What it returns says whether all is written. Raises `TransferFailed` when it cannot be begun; then nothing is
-        written any more.
+        What it returns says whether all is written; not to be asked again after that. Raises `TransferFailed` when it
+        cannot be begun; then nothing is written any more.
         """
         ...
 
@@ -146,33 +148,40 @@ class _CudaReach:
         self._driver = driver
         self._bases = bases
         self._batch = _batch_copy(driver)
-        self._attributes = _Attributes(order=_IN_STREAM_ORDER)
+        self._attributes, self._first = _Attributes(order=_IN_STREAM_ORDER), c_size_t(0)
+        self._options = (byref(self._attributes), byref(self._first), 1)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
         self._handle = c_void_p(self._stream.cuda_stream)
-        self._event = torch.cuda.Event
+        self._events: list[Any] = []
+        """Those of copies that have ended: making one takes longer than using it again."""
 
-    def copy(self, runs: RunArray, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
-        # What CUDA reads while it is called: three arrays of pointers and lengths, each in one piece.
-        sources, targets = runs[:, 0] * page_bytes + source, runs[:, 1] * page_bytes + target
-        sizes = runs[:, 2] * page_bytes
+    def copy(self, runs: Runs, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+        sources = array("Q", [source + run[0] * page_bytes for run in runs])
+        targets = array("Q", [target + run[1] * page_bytes for run in runs])
+        sizes = array("Q", [run[2] * page_bytes for run in runs])
         try:
             self._order(sources, targets, sizes)
         except TransferFailed:
             self._settle()
             raise
-        event: Any = self._event()  # type: ignore[no-untyped-call, unused-ignore]
+        event = self._events.pop() if self._events else _event()
         event.record(self._stream)
-        written: Callable[[], bool] = event.query
-        return written
+        return partial(self._written, event)
 
-    def _order(self, sources: RunArray, targets: RunArray, sizes: RunArray) -> None:
+    def _written(self, event: Any) -> bool:
+        if not event.query():
+            return False
+        self._events.append(event)
+        return True
+
+    def _order(self, sources: array[int], targets: array[int], sizes: array[int]) -> None:
         if self._batch is None:
-            for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
+            for source, target, size in zip(sources, targets, sizes, strict=True):
                 numbers = (c_uint64(target), c_uint64(source), c_size_t(size))
                 _call(self._driver, "cuMemcpyDtoDAsync_v2", *numbers, self._handle)
             return
-        arrays = (targets.ctypes.data, sources.ctypes.data, sizes.ctypes.data)
-        status = self._batch(*arrays, len(sizes), byref(self._attributes), byref(c_size_t(0)), 1, self._handle)
+        arrays = [each.buffer_info()[0] for each in (targets, sources, sizes)]
+        status = self._batch(*arrays, len(sizes), *self._options, self._handle)
         _check(self._driver, "cuMemcpyBatchAsync", status)
 
     def close(self) -> None:
@@ -193,6 +202,12 @@ def _enter(driver: Any, device: int) -> None:
         _call(driver, "cuDeviceGet", byref(number), c_int(device))
         _call(driver, "cuDevicePrimaryCtxRetain", byref(primary), number)
         _call(driver, "cuCtxSetCurrent", primary)
+
+
+def _event() -> Any:
+    import torch
+
+    return torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _batch_copy(driver: Any) -> Any:

@@ -52,6 +52,8 @@ class LoopbackHub:
         self.late: Rules = set()
         self.pushed: list[tuple[str, str, int]] = []
         """(from, to, pages) of every post that was completed."""
+        self.warmed: list[tuple[str, str]] = []
+        """(from, to) of every way that was made ready for a push."""
 
     def hold(self, source: str = "*", target: str = "*") -> None:
         """Posts from now on stay under way."""
@@ -161,6 +163,9 @@ class LoopbackTransport:
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
 
+    def warm(self, peer: str) -> None:
+        self._hub.warmed.append((self.me, peer))
+
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> LoopbackPost | str:
         if peer != self.me and peer not in self._peers:
             return f"{peer} is not connected"
@@ -254,5 +259,5 @@ class LoopbackTransport:
     def _copy(self, other: LoopbackTransport, source: PageArray, target: PageArray) -> None:
         size = self.memory.page_bytes
         here, there = self.memory.address, other.memory.address
-        for first, second, count in runs(source, target).tolist():
+        for first, second, count in runs(source, target):
             ctypes.memmove(there + second * size, here + first * size, count * size)

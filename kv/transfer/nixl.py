@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import KvMemory, Post
     from microserve.kv.transfer.cuda_ipc import NearMemory, Reach
-    from microserve.kv.transfer.plan import DescriptorArray, RunArray
+    from microserve.kv.transfer.plan import DescriptorArray, Runs
     from microserve.runtime.clock import Clock
 
 _WARM_BYTES: Final = 4096
@@ -265,11 +266,11 @@ class NixlTransport:
         size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
         # As many times the only page of a pool, which is the scratch area.
-        found = np.array([[0, 0, 1]] * times, dtype=np.int64)
+        found = [(0, 0, 1)] * times
         if reach is not None:
             return self._copy(peer, reach, found, self._scratch, reach.addresses[1], size, _PROBE)
-        here = descriptors(found[:, 0], found[:, 2], self._scratch, size, self._device)
-        there = descriptors(found[:, 1], found[:, 2], theirs.scratch, size, theirs.device)
+        here = descriptors(found, 0, self._scratch, size, self._device)
+        there = descriptors(found, 1, theirs.scratch, size, theirs.device)
         return self._post(peer, here, there, theirs.segment, _PROBE)
 
     def kind(self, peer: str) -> str:
@@ -286,6 +287,16 @@ class NixlTransport:
 
     # --- pushes ------------------------------------------------------------------------------------------------------
 
+    def warm(self, peer: str) -> None:
+        theirs, reach = self._peers.get(peer), self._reached.get(peer)
+        if theirs is None or reach is None:
+            return
+        self._bind()
+        size = min(_WARM_BYTES, theirs.scratch_bytes)
+        with suppress(Exception):  # the push itself will say what is wrong
+            reach.copy([(0, 0, 1)], self._scratch, reach.addresses[1], size)
+            self._agent.send_notif(peer, _PROBE)
+
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> NixlPost | CopyPost | str:
         self._bind()
         theirs = self._metadata if peer == self.me else self._peers.get(peer)
@@ -297,18 +308,18 @@ class NixlTransport:
         found = runs(source, target)
         if (reach := self._reached.get(peer)) is not None:
             return self._copy(peer, reach, found, ours.address, reach.addresses[0], ours.page_bytes, notification)
-        here = descriptors(found[:, 0], found[:, 2], ours.address, ours.page_bytes, ours.device)
-        there = descriptors(found[:, 1], found[:, 2], theirs.address, theirs.page_bytes, theirs.device)
+        here = descriptors(found, 0, ours.address, ours.page_bytes, ours.device)
+        there = descriptors(found, 1, theirs.address, theirs.page_bytes, theirs.device)
         return self._post(peer, here, there, theirs.segment, notification)
 
     def _copy(
-        self, peer: str, reach: Reach, found: RunArray, here: int, there: int, page_bytes: int, notification: bytes
+        self, peer: str, reach: Reach, found: Runs, here: int, there: int, page_bytes: int, notification: bytes
     ) -> CopyPost | str:
         try:
             written = reach.copy(found, here, there, page_bytes)
         except TransferFailed as error:
             return _describe(peer, error)
-        return CopyPost(peer, written, int(found[:, 2].sum()) * page_bytes, notification)
+        return CopyPost(peer, written, sum(run[2] for run in found) * page_bytes, notification)
 
     def _post(
         self, peer: str, here: DescriptorArray, there: DescriptorArray, segment: str, notification: bytes

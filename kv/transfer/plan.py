@@ -14,46 +14,46 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
 
-RunArray = npt.NDArray[np.int64]
+Runs = list[tuple[int, int, int]]
+"""(first source, first target, count) each."""
 DescriptorArray = npt.NDArray[np.uint64]
 
 
-def runs(source: PageArray, target: PageArray) -> RunArray:
-    """The pairs `source[i] -> target[i]` (both int32 [n]) as runs, int64 [m, 3]: first source, first target, count.
+def runs(source: PageArray, target: PageArray) -> Runs:
+    """The pairs `source[i] -> target[i]` (both int32 [n]) as runs, in order of the pairs.
 
-    In order of the pairs. Two neighbours are one run when both sides go on by one page. Raises `ValueError` when the
-    lists differ in length.
+    Two neighbours are one run when both sides go on by one page. Raises `ValueError` when the lists differ in length.
     """
     if len(source) != len(target):
         raise ValueError(f"{len(source)} pages cannot go into {len(target)}")
-    if len(source) == 0:
-        return np.empty((0, 3), dtype=np.int64)
-    # A push waits for this, with cold caches: as few calls of numpy as it takes.
-    pairs = np.array((source, target), dtype=np.int64)
-    breaks = (pairs[:, 1:] - pairs[:, :-1] != 1).any(axis=0).nonzero()[0]
-    bounds = np.empty(len(breaks) + 2, dtype=np.int64)
-    bounds[0], bounds[1:-1], bounds[-1] = 0, breaks + 1, len(source)
-    found = np.empty((len(breaks) + 1, 3), dtype=np.int64)
-    found[:, :2] = pairs[:, bounds[:-1]].T
-    found[:, 2] = bounds[1:] - bounds[:-1]
+    found: Runs = []
+    first = second = count = 0
+    # A loop, since a push waits for it: after a pause, each call of numpy costs what a hundred pairs cost here.
+    for here, there in zip(source.tolist(), target.tolist(), strict=True):
+        if count and here == first + count and there == second + count:
+            count += 1
+            continue
+        if count:
+            found.append((first, second, count))
+        first, second, count = here, there, 1
+    if count:
+        found.append((first, second, count))
     return found
 
 
-def descriptors(firsts: RunArray, counts: RunArray, address: int, page_bytes: int, device: int) -> DescriptorArray:
-    """Runs of pages of one pool as (address, bytes, device), uint64 [m, 3]. `firsts` and `counts` are [m]."""
-    made = np.empty((len(firsts), 3), dtype=np.uint64)
-    made[:, 0] = np.uint64(address) + firsts.astype(np.uint64) * np.uint64(page_bytes)
-    made[:, 1] = counts.astype(np.uint64) * np.uint64(page_bytes)
-    made[:, 2] = device
-    return made
+def descriptors(found: Runs, side: int, address: int, page_bytes: int, device: int) -> DescriptorArray:
+    """The sources (`side` 0) or targets (1) of runs as (address, bytes, device), uint64 [m, 3], in a pool that begins
+    at `address`."""
+    listed = [(address + run[side] * page_bytes, run[2] * page_bytes, device) for run in found]
+    return np.array(listed, dtype=np.uint64).reshape(-1, 3)
 
 
 def check_pages(source: PageArray, target: PageArray, here: int, there: int) -> str:
     """Why these pairs cannot be pushed from a pool of `here` pages into one of `there`; empty when they can."""
     if len(source) == 0 or len(source) != len(target):
         return f"{len(source)} pages cannot be pushed into {len(target)}"
-    for name, pages, total in (("our", source, here), ("the peer's", target, there)):
-        low, high = int(pages.min()), int(pages.max())
+    for name, pages, total in (("our", source.tolist(), here), ("the peer's", target.tolist(), there)):
+        low, high = min(pages), max(pages)
         if low < 0 or high >= total:
             return f"page {low if low < 0 else high} is not among {name} {total}"
     return ""
