@@ -66,27 +66,37 @@ def main() -> None:
     most = max(int(each.removeprefix("cuda:")) for each in devices)
     if torch.cuda.device_count() <= most:
         raise SystemExit(f"perf.disaggregation: there is no cuda:{most} (--devices)")
-    copied = _peer_copy(devices[0], devices[1], args.repeat)
+    copied = _peer_copy(devices[0], devices[1], 1 << 30, args.repeat)
     bench.row("peer copy of 1 GiB", copied, unit="GB/s", note=args.devices)
+    nbytes = args.tokens // 16 * (2 << 20)
+    for pause in (0.0, _PAUSE):
+        rested = _peer_copy(devices[0], devices[1], nbytes, args.repeat, pause)
+        note = f"after {1e3 * pause:g} ms without work" if pause else "one after the other"
+        bench.row(f"peer copy of {nbytes >> 20} MiB", rested, unit="GB/s", note=note)
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(Path(folder) / args.shape, args.shape)
         asyncio.run(_run(bench, args, model, devices, copied.median))
     bench.finish(args)
 
 
-def _peer_copy(sender: str, receiver: str, repeat: int) -> Sample:
-    here = torch.empty(1 << 30, dtype=torch.uint8, device=sender)
-    there = torch.empty(1 << 30, dtype=torch.uint8, device=receiver)
+def _peer_copy(sender: str, receiver: str, nbytes: int, repeat: int, pause: float = 0.0) -> Sample:
+    here = torch.empty(nbytes, dtype=torch.uint8, device=sender)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=receiver)
     rates = []
     for attempt in range(repeat + 2):
         torch.cuda.synchronize(sender)
+        time.sleep(pause)
         began = time.perf_counter()
         there.copy_(here)
         torch.cuda.synchronize(sender)
         torch.cuda.synchronize(receiver)
         if attempt >= 2:
-            rates.append((1 << 30) / (time.perf_counter() - began) / 1e9)
+            rates.append(nbytes / (time.perf_counter() - began) / 1e9)
     return Sample(tuple(rates))
+
+
+_PAUSE = 5e-3
+"""Seconds that GPUs rest before a copy, as they do before a push that is measured: an idle link takes time to wake."""
 
 
 class _Router:
@@ -144,13 +154,16 @@ async def _run(bench: Benchmark, args: argparse.Namespace, model: Path, devices:
             )
         await pair.evict()
         await pair.decode_step()
-        alone, pushing = [], []
+        alone, pushing, busy = [], [], []
         for _ in range(3):
             alone.append(await pair.decode_step())
-            milliseconds, rate = await pair.decode_step_while_pushing()
+            milliseconds, reports = await pair.decode_step_while_pushing()
             pushing.append(milliseconds)
+            busy += [each.bytes / each.push_seconds / 1e9 for each in reports]
         bench.row("decode 8, alone", Sample(tuple(alone)), unit="ms")
-        bench.row("decode 8, while pushing", Sample(tuple(pushing)), unit="ms", note=f"{rate:.0f} GB/s meanwhile")
+        bench.row("decode 8, while pushing", Sample(tuple(pushing)), unit="ms", note=f"{len(busy)} pushes")
+        rates = Sample(tuple(busy))
+        bench.row("push, while decoding 8", rates, unit="GB/s", note=f"{rates.median / limit:.0%} of the peer copy")
         for _ in range(args.warmup):
             await pair.local()
             await pair.first_token_early()
@@ -274,26 +287,23 @@ class _Pair:
             seconds.append(time.perf_counter() - began)
         return 1e3 * (seconds[1] - seconds[0]) / (256 - 32)
 
-    async def decode_step_while_pushing(self) -> tuple[float, float]:
-        """The same while one push follows the other, and their GB/s."""
+    async def decode_step_while_pushing(self) -> tuple[float, list[SendReport]]:
+        """The same while one push follows the other, and what those report."""
         prompt = self._prompt()
         await self._generate(self._sender, prompt)
-        ended, pushed = asyncio.Event(), 0
+        ended, reports = asyncio.Event(), []
 
         async def push() -> None:
-            nonlocal pushed
             while not ended.is_set():
-                pushed += (await self._send_cached(prompt)).bytes
+                reports.append(await self._send_cached(prompt))
 
-        began = time.perf_counter()
         pushes = asyncio.ensure_future(push())
         try:
             milliseconds = await self.decode_step()
-            rate = pushed / (time.perf_counter() - began) / 1e9
         finally:
             ended.set()
             await pushes
-        return milliseconds, rate
+        return milliseconds, reports
 
     async def local(self) -> float:
         """Seconds to the first token of a prompt that nobody has cached."""

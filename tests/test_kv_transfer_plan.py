@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.kv.transfer.plan import check_pages, descriptors, runs
+from microserve.kv.transfer.plan import descriptors, planned, runs
 
 Pairs = list[tuple[int, int]]
 
@@ -65,16 +65,17 @@ def test_descriptors_of_pools_beyond_four_gigabytes_do_not_wrap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "why"),
+    ("source", "target", "found"),
     [
-        ([0], [0], ""),
-        ([9, 0], [0, 4], ""),
+        ([0], [0], [(0, 0, 1)]),
+        ([8, 9, 0], [3, 4, 4], [(8, 3, 2), (0, 4, 1)]),
         ([], [], "0 pages cannot be pushed into 0"),
         ([1], [1, 2], "1 pages cannot be pushed into 2"),
         ([10], [0], "page 10 is not among our 10"),
         ([0, -1], [0, 1], "page -1 is not among our 10"),
         ([0], [5], "page 5 is not among the peer's 5"),
+        ([0, 1], [4, 5], "page 5 is not among the peer's 5"),
     ],
 )
-def test_pairs_that_cannot_be_pushed_are_named(source: list[int], target: list[int], why: str) -> None:
-    assert check_pages(np.array(source, np.int32), np.array(target, np.int32), 10, 5) == why
+def test_pairs_that_cannot_be_pushed_are_named(source: list[int], target: list[int], found: object) -> None:
+    assert planned(np.array(source, np.int32), np.array(target, np.int32), 10, 5) == found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from microserve.kv.transfer.base import KvMemory, LinkReport, PostState, PostStatus
-from microserve.kv.transfer.plan import check_pages, runs
+from microserve.kv.transfer.plan import planned, runs
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import ConfigError
 
@@ -174,7 +174,7 @@ class LoopbackTransport:
             total = other.memory.total_pages if other is not None else None
         if total is None:
             return f"{peer} is gone"
-        if error := check_pages(source, target, self.memory.total_pages, total):
+        if isinstance(error := planned(source, target, self.memory.total_pages, total), str):
             return error
         hub, count = self._hub, len(source)
         if hub.seconds_per_page:

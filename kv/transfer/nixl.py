@@ -23,7 +23,7 @@ import numpy as np
 
 from microserve.kv.transfer.base import LinkReport, PostState, PostStatus
 from microserve.kv.transfer.cuda_ipc import SharedMemory  # noqa: TC001 - msgspec reads it
-from microserve.kv.transfer.plan import check_pages, descriptors, runs
+from microserve.kv.transfer.plan import descriptors, planned
 from microserve.kv.transfer.ucx_journal import UcxJournal
 from microserve.runtime.clock import monotonic
 from microserve.runtime.errors import TransferFailed
@@ -303,9 +303,9 @@ class NixlTransport:
         if theirs is None:
             return f"{peer} is not connected"
         ours = self._metadata
-        if error := check_pages(source, target, ours.total_pages, theirs.total_pages):
-            return error
-        found = runs(source, target)
+        found = planned(source, target, ours.total_pages, theirs.total_pages)
+        if isinstance(found, str):
+            return found
         if (reach := self._reached.get(peer)) is not None:
             return self._copy(peer, reach, found, ours.address, reach.addresses[0], ours.page_bytes, notification)
         here = descriptors(found, 0, ours.address, ours.page_bytes, ours.device)

@@ -48,12 +48,14 @@ def descriptors(found: Runs, side: int, address: int, page_bytes: int, device: i
     return np.array(listed, dtype=np.uint64).reshape(-1, 3)
 
 
-def check_pages(source: PageArray, target: PageArray, here: int, there: int) -> str:
-    """Why these pairs cannot be pushed from a pool of `here` pages into one of `there`; empty when they can."""
+def planned(source: PageArray, target: PageArray, here: int, there: int) -> Runs | str:
+    """The runs of a push from a pool of `here` pages into one of `there`; why there can be none, where that is so."""
     if len(source) == 0 or len(source) != len(target):
         return f"{len(source)} pages cannot be pushed into {len(target)}"
-    for name, pages, total in (("our", source.tolist(), here), ("the peer's", target.tolist(), there)):
-        low, high = min(pages), max(pages)
+    found = runs(source, target)
+    for name, side, total in (("our", 0, here), ("the peer's", 1, there)):
+        low = min(run[side] for run in found)
+        high = max(run[side] + run[2] for run in found) - 1
         if low < 0 or high >= total:
             return f"page {low if low < 0 else high} is not among {name} {total}"
-    return ""
+    return found
