@@ -1,10 +1,10 @@
 """The transfer thread: the only one that touches the transport. Orders in, arrivals and results out.
 
 It looks at the transport as often as the system lets it (every 20 µs or so) while a push is under way that should take
-no longer than two milliseconds, as most do between two GPUs of a host. Else it looks again after 50 µs when something
-happened, and more and more seldom while nothing does: up to 100 µs apart while pushes or connections are under way
-(they go on only when somebody looks), 0.5 ms while arrivals are expected, 20 ms otherwise (peers that connect have to
-be answered). An order wakes it at once.
+no longer than two milliseconds, as most do between two GPUs of a host, and while such a push is about to be ordered.
+Else it looks again after 50 µs when something happened, and more and more seldom while nothing does: up to 100 µs apart
+while pushes or connections are under way (they go on only when somebody looks), 0.5 ms while arrivals are expected,
+20 ms otherwise (peers that connect have to be answered). An order wakes it at once.
 """
 
 from __future__ import annotations
@@ -170,6 +170,8 @@ class TransferThread:
         self._rates: dict[str, float] = {}
         """Bytes/s of the links, as measured when they were made."""
         self._wait = _SHORTEST_WAIT
+        self._awake_until = 0.0
+        """Until then a push is awaited that will be short."""
         self._counts = dict.fromkeys(_COUNTED, 0)
         self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-transfer", daemon=True)
@@ -201,8 +203,8 @@ class TransferThread:
         self._command(lambda: self._disconnect(peer))
 
     def warm(self, peer: str) -> None:
-        """A push to `peer` comes soon: code that has not run for a while makes its beginning slow."""
-        self._command(lambda: None if self._over else self._transport.warm(peer))
+        """A push to `peer` comes soon: what has rested for a while, links and code, makes its beginning slow."""
+        self._command(lambda: self._stay_awake(peer))
 
     def push(self, order: Push) -> None:
         """Begins a push as soon as the thread comes to it."""
@@ -295,8 +297,13 @@ class TransferThread:
         if not self._over:
             self._transport.disconnect(peer)
 
+    def _stay_awake(self, peer: str) -> None:
+        if not self._over and self._transport.warm(peer):
+            self._awake_until = self._clock() + _SHORT
+
     def _begin(self, order: Push) -> None:
         now = self._clock()
+        self._awake_until = now
         if self._over:
             self._fail(order, self._over)
         elif now > order.not_after:
@@ -354,7 +361,7 @@ class TransferThread:
             self._give_up()
 
     def _pause(self, happened: bool) -> None:
-        if self._active and self._clock() < max(each.watched_until for each in self._active):
+        if self._clock() < max([self._awake_until, *(each.watched_until for each in self._active)]):
             # Not nothing: a thread that only yields takes the interpreter again at once, and others wait for it.
             time.sleep(0)
             return

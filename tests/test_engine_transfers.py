@@ -377,6 +377,32 @@ def test_a_push_that_should_be_short_is_watched_without_a_pause(
     assert len(event.waits) == pauses + 1, "it took longer than it should"
 
 
+@pytest.mark.parametrize(("short", "pauses"), [(True, 0), (False, 5)])
+def test_whoever_waits_for_a_short_push_does_not_fall_asleep(
+    pair: tuple[End, End], clock: ManualClock, monkeypatch: pytest.MonkeyPatch, short: bool, pauses: int
+) -> None:
+    one, _ = pair
+    event, asked = _Recorder(), list[str]()
+
+    def warm(peer: str) -> bool:
+        asked.append(peer)
+        return short
+
+    monkeypatch.setattr(one.transport, "warm", warm)
+    monkeypatch.setattr(one.transfers, "_wake", event)
+    one.transfers.warm("two:2")
+    one.transfers.turn()
+    for _ in range(5):
+        one.transfers._pause(one.transfers.turn())
+    assert (asked, len(event.waits)) == (["two:2"], pauses)
+    clock.advance(1.9e-3)
+    one.transfers._pause(False)
+    assert len(event.waits) == pauses + (not short)
+    clock.advance(0.2e-3)
+    one.transfers._pause(False)
+    assert len(event.waits) == pauses + 1 + (not short), "no push has come"
+
+
 # --- in threads of their own ----------------------------------------------------------------------------------------
 
 

@@ -143,11 +143,11 @@ def test_warming_writes_no_page_and_says_nothing(pair: tuple[End, End]) -> None:
     one, two = pair
     before, copied = two.pool.copy(), one.near.copied
     two.heard()
-    one.transport.warm("two:2")
-    assert one.near.copied == copied + 4096
+    assert one.transport.warm("two:2")
+    assert one.near.copied == copied + (1 << 20)
     assert [each for _ in range(200) for each in two.transport.arrivals()] == [("one:1", b"")]
-    one.transport.warm("never seen")
-    two.transport.warm("one:1")  # not connected from there
+    assert not one.transport.warm("never seen")
+    assert not two.transport.warm("one:1"), "not connected from there"
     one.near.broken = "no"
     one.transport.warm("two:2")
     assert (two.heard(), one.heard()) == ([], [])

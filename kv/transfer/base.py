@@ -101,8 +101,11 @@ class Transport(Protocol):
         """
         ...
 
-    def warm(self, peer: str) -> None:
-        """A push to `peer` is to come: does what makes its beginning, and its notification, quick. Writes no page."""
+    def warm(self, peer: str) -> bool:
+        """A push to `peer` is to come: does what makes its beginning, and its notification, quick. Writes no page.
+
+        Whether the push will be so short that whoever orders it should not fall asleep before.
+        """
         ...
 
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> Post | str:

@@ -163,8 +163,9 @@ class LoopbackTransport:
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
 
-    def warm(self, peer: str) -> None:
+    def warm(self, peer: str) -> bool:
         self._hub.warmed.append((self.me, peer))
+        return False
 
     def post(self, peer: str, source: PageArray, target: PageArray, notification: bytes) -> LoopbackPost | str:
         if peer != self.me and peer not in self._peers:
