@@ -157,7 +157,8 @@ class RunEngine:
             end=last,
         )
         # It needs the KV of everything before the range, too.
-        run.send(sending, body, self._take_charge(last - min(last, run.matched(link, kv.prompt))))
+        missing = 0 if link in run.prompting else last - min(last, run.matched(link, kv.prompt))
+        run.send(sending, body, self._take_charge(missing))
         return sending
 
     def start_generate(
@@ -297,6 +298,8 @@ class TokenStream:
             run.discharge(charge)
             raise
         run.epochs[link.id] = link.info.epoch
+        if kv is None:
+            run.prompting.add(link)
         if run.generating[-1:] != [link.id]:
             run.generating.append(link.id)
 
@@ -334,6 +337,7 @@ class TokenStream:
         """The prompt is computed, and a lease used up."""
         self._waiting = False
         self._charge.expect(0)
+        self._run.prompting.discard(self._link)
         if self._kv is not None:
             self._kv.over = True
         run = self._run
@@ -348,6 +352,7 @@ class TokenStream:
             record.reused = record.matched + reply.received_tokens
             # What it had cached of earlier output is not told, and counts as computed.
             record.computed = max(0, usage.prompt_tokens + self._prior_output - record.reused)
+        self._run.prompting.discard(self._link)
         self._run.discharge(self._charge)
 
     def _last(self, chunk: Chunk) -> Chunk:

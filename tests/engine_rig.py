@@ -47,6 +47,7 @@ def make_request(
     admit_by: float | None = None,
     first_token_by: float | None = None,
     deadline: float | None = None,
+    request_id: str = "",
     sub_id: str = "",
     **sampling: object,
 ) -> Request:
@@ -57,6 +58,7 @@ def make_request(
         admit_by=admit_by,
         first_token_by=first_token_by,
         deadline=deadline,
+        request_id=request_id,
         sub_id=sub_id,
     )
 

@@ -261,3 +261,110 @@ def test_a_starved_decode_takes_no_pages_from_a_send_that_still_computes() -> No
     rig.run()
     assert rig.seen[request].tokens == rig.expected(request, 20)
     rig.assert_empty()
+
+
+# --- a send beside the generation of its own request ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("chunk", [4, 1000])
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_the_prompt_is_computed_once_and_sent_behind_the_first_token(depth: int, chunk: int, outputs: int) -> None:
+    rig = KvRig(depth=depth, prefill_chunk=chunk)
+    generation = rig.submit(make_request(PROMPT, request_id="q", max_tokens=outputs, ignore_eos=True))
+    send = rig.send(PROMPT[:12], "q")
+    assert (rig.ready[send], rig.cache.statistics().owned) == ([], 0)
+    while not rig.seen[generation].tokens:
+        assert rig.ready[send] == []
+        rig.step()
+    # In the same turn: another step may be a long one.
+    assert [(part.first, len(part.pages)) for part in rig.ready[send]] == [(0, 3)]
+    assert rig.reused[send] == 12
+    rig.run()
+    assert rig.seen[generation].tokens == rig.expected(generation, outputs)
+    assert sum(plan.prompt_tokens for plan in rig.plans) == len(PROMPT)
+    rig.finish(send)
+    rig.assert_empty()
+
+
+def test_a_send_follows_its_own_request_alone_and_only_with_its_prompt() -> None:
+    rig = KvRig()
+    rig.submit(make_request(PROMPT, request_id="q", max_tokens=1))
+    others = [rig.send(PROMPT[:12], "other"), rig.send([7] * 12, "q"), rig.send([*PROMPT, 9, 9], "q"), rig.send(PROMPT)]
+    assert [other.state for other in others] == [State.PREFILL] * 4
+    rig.run()
+    late = rig.send(PROMPT[:12], "q")
+    assert rig.reused[late] == 12
+    for each in (*others, late):
+        rig.finish(each)
+    rig.assert_empty()
+
+
+@pytest.mark.parametrize("how", ["abort", "late", "fail"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_send_computes_itself_what_its_generation_will_not(how: str, steps: int) -> None:
+    rig = KvRig(prefill_chunk=4)
+    deadline = rig.clock() + 5
+    generation = rig.submit(make_request(PROMPT, request_id="q", max_tokens=1, deadline=deadline))
+    send = rig.send(PROMPT[:12], "q")
+    for _ in range(steps):
+        rig.step()
+    if how == "abort":
+        rig.abort(generation)
+    elif how == "late":
+        rig.clock.advance(6.0)
+    else:
+        rig.launch()
+        rig.executor.drop_newest()
+        rig.scheduler.fail(rig.launched.popleft(), InternalError("broken"))
+        rig.read()
+    rig.run()
+    assert sum(len(part.pages) for part in rig.ready[send]) == 3
+    rig.finish(send)
+    rig.assert_empty()
+
+
+@pytest.mark.parametrize("how", ["stop", "finish", "both"])
+def test_a_send_that_is_given_up_before_it_begins_leaves_nothing(how: str) -> None:
+    rig = KvRig(prefill_chunk=4)
+    generation = rig.submit(make_request(PROMPT, request_id="q", max_tokens=3, ignore_eos=True))
+    send = rig.send(PROMPT[:12], "q")
+    rig.step()
+    if how != "finish":
+        rig.scheduler.stop_send(send)
+    if how != "stop":
+        rig.finish(send)
+    rig.run()
+    assert (rig.seen[generation].tokens, rig.ready[send]) == (rig.expected(generation, 3), [])
+    rig.finish(send)
+    rig.assert_empty()
+
+
+def test_a_refusal_comes_when_a_send_that_waited_would_begin() -> None:
+    rig = KvRig(pages=16, share=1.0)
+    generation = rig.submit(make_request(PROMPT, request_id="q", max_tokens=1, deadline=rig.clock() + 5))
+    send = rig.send(PROMPT[:12], "q")
+    rig.abort(generation)
+    held = rig.lease([30] * 14 * PAGE)
+    rig.step()
+    assert isinstance(rig.answers[send], Busy)
+    rig.finish(send)
+    rig.receiving.release(held.id, rig.clock())
+    rig.run()
+    rig.assert_empty()
+
+
+def test_a_send_does_not_wait_for_a_generation_that_waits_for_kv() -> None:
+    rig = KvRig()
+    lease = rig.lease(PROMPT)
+    generation = rig.generate(PROMPT, lease, 13, count=1)
+    generation.request_id = "q"
+    send = rig.send(PROMPT[:13], "q")
+    assert send.state is State.PREFILL
+    rig.run()
+    rig.finish(send)
+    rig.clock.advance(20.0)
+    rig.receiving.turn(rig.clock())
+    rig.run()
+    assert rig.seen[generation].tokens == rig.expected(generation, 1)
+    rig.assert_empty()

@@ -170,6 +170,30 @@ def test_a_limit_counts_from_what_was_delivered_before_an_engine_was_lost() -> N
     run(check, in_two_parts)
 
 
+def test_a_send_beside_a_generation_of_the_same_prompt_is_charged_once() -> None:
+    async def both(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        kv = await fleet.pick("decode").prep_recv(end=48)
+        prefill = fleet.pick("prefill")
+        first = prefill.start_generate(max_tokens=1)
+        prefill.remote_send(kv)
+        async for chunk in first:
+            yield chunk
+        second = fleet.pick("second").start_generate()
+        async for chunk in second:
+            yield chunk
+
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=2)
+        assert world.charges()["p"] == (2, 50)
+        await p.finish(7, call=0)
+        assert world.charges()["p"] == (1, 0)
+        p.report(p.calls[1], reused=48)
+        await q.finish(8)
+        await read(generation)
+
+    run(check, both)
+
+
 def test_a_limit_below_one_token_is_the_programs_mistake() -> None:
     async def none(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
         async for chunk in fleet.pick().start_generate(max_tokens=0):

@@ -29,17 +29,21 @@ async def prefill_decode(
     begin, output = min(kv.matched, kv.end), list[int]()
     if kv.missing and not (cache_aware and kv.missing < min_remote):
         prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        end = kv.end
-        whole = end // request.page_size * request.page_size
+        begin = kv.end
+        # Of a generation, only whole pages are kept.
+        whole = kv.end // request.page_size * request.page_size
         if kv.matched < whole and kv.missing <= early_first and prefill.id != decode.id:
-            async for chunk in prefill.start_generate(max_tokens=1):
+            begin = whole
+            first = prefill.start_generate(max_tokens=1)
+            if request.sampling.max_tokens > request.prior_output + 1:
+                # Waits for the generation there, whose pages it sends.
+                prefill.remote_send(kv, end=whole)
+            async for chunk in first:
                 output += chunk.tokens
                 yield chunk
                 if chunk.finish is not None:
                     return
-            # Only whole pages are kept there.
-            end = whole
-        prefill.remote_send(kv, end=end)
-        begin = end
+        else:
+            prefill.remote_send(kv)
     async for chunk in decode.start_generate(kv, begin=begin, after=output):
         yield chunk
