@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: the tests marked `gpu`, then every benchmark of this machine's GPUs.
 
-    python -m perf.gpu --out results            # all of it: about ten minutes on one GPU, five more on two
+    python -m perf.gpu --out results            # all of it: about a quarter of an hour on one GPU, two minutes more on two
     python -m perf.gpu --only tests,engine
 
 A step that fails or takes too long is told, and the next one begins. DIR gets the log of every step, the rows of every
@@ -47,7 +47,7 @@ class Step:
 _PLAIN = ("--executor", "torch", "--batches", "1,64", "--prompts", "2048", "--requests", "0")
 _SERVED = ("--model", "llama-3.1-8b", "--engines", "1", "--executor", "cuda")
 STEPS = (
-    Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 450, rows=False),
+    Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 600, rows=False),
     Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
     Step("plain", ("perf.engine", *_PLAIN), 150),

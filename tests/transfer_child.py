@@ -34,12 +34,16 @@ _LOOK = 0.0002
 
 class _Child:
     def __init__(self, name: str, device: str, limit: float, pages: int, page_bytes: int, seed: int) -> None:
-        self.pool: Any = np.random.default_rng(seed).integers(0, 256, (pages, page_bytes), dtype=np.uint8)
-        address = self.pool.ctypes.data
-        if device != "cpu":
+        self.pool: Any
+        if device == "cpu":
+            self.pool = np.random.default_rng(seed).integers(0, 256, (pages, page_bytes), dtype=np.uint8)
+            address = self.pool.ctypes.data
+        else:
             import torch  # takes longer than all the rest
 
-            self.pool = torch.from_numpy(self.pool).to(device)
+            torch.manual_seed(seed)
+            self.pool = torch.randint(0, 256, (pages, page_bytes), dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(device)
             address = self.pool.data_ptr()
         memory = KvMemory(address, page_bytes, pages, device=device, owner=self.pool)
         self.transport = NixlTransport(memory, name, near=near_memory(memory), connect_limit=limit)
