@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: the tests marked `gpu`, then every benchmark of this machine's GPUs.
 
-    python -m perf.gpu --out results            # all of it: about a quarter of an hour on one GPU, two minutes more on two
+    python -m perf.gpu --out results            # all of it: a quarter of an hour on one GPU, 2 min more on two
     python -m perf.gpu --only tests,engine
 
 A step that fails or takes too long is told, and the next one begins. DIR gets the log of every step, the rows of every
