@@ -27,7 +27,7 @@ from microserve.engine.outputs import Output
 from microserve.engine.plan import SequenceStart, Slice, StepPlan
 from microserve.engine.request import FINAL, Request, State
 from microserve.engine.roster import Roster
-from microserve.engine.send_requests import Followers, SendRequests
+from microserve.engine.send_requests import SendRequests
 from microserve.engine.sharing import share
 from microserve.engine.waiting import Budget, Pace
 from microserve.kv.pages import IntegrityError
@@ -70,7 +70,6 @@ class Scheduler:
         self._admission = Admission(self._roster, self._holdings, limits, self._counts)
         self._growth = Growth(self._roster, self._holdings, self._counts)
         self._sends = SendRequests(self._roster, self._holdings, self._counts, self.tell)
-        self._followers = Followers(self._roster, self._begin_send, self.tell)
         self._flights: deque[_Flight] = deque()
         self._outputs: list[Output] = []
         self._steps = 0
@@ -107,7 +106,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """No request is live and no step is in flight."""
-        return not self._roster.live and not self._flights and not self._followers
+        return not self._roster.live and not self._flights
 
     def check_prompt(self, length: int) -> None:
         """Raises `ContextLengthExceeded` when a prompt of `length` tokens can never be served. Safe from any thread."""
@@ -174,15 +173,9 @@ class Scheduler:
         """Takes a send: KV of all of `request`'s prompt is computed where the prefix tree does not have it.
 
         Its pages are told as they become `Ready`, and kept until `finish_send`. Nobody waits while holding pages that
-        another waits for, so without room it raises `Busy` at once. Raises `ContextLengthExceeded`, too. A send whose
-        request also generates here, and computes that prompt, holds nothing and begins when that has its first token,
-        or has ended; what it would raise is its output then.
+        another waits for, so without room it raises `Busy` at once. Raises `ContextLengthExceeded`, too.
         """
         self.check_prompt(request.known)
-        if not self._followers.add(request):
-            self._begin_send(request, now)
-
-    def _begin_send(self, request: Request, now: float) -> None:
         if self._roster.sends >= self.limits.max_running:
             raise Busy(f"{self._roster.sends} sends are under way", retry_after=self.retry_after())
         if missing := self._sends.hold(request, short=self.short):
@@ -192,12 +185,10 @@ class Scheduler:
 
     def stop_send(self, request: Request) -> None:
         """Computes no more of a send; its pages are kept until `finish_send`. No effect after the end."""
-        self._followers.drop(request)
         self._sends.stop(request)
 
     def finish_send(self, request: Request) -> None:
         """The transfer has ended: the send lets go of its pages. No effect after the end."""
-        self._followers.drop(request)
         if not request.final:
             self._end(request, State.FINISHED)
 
@@ -235,7 +226,6 @@ class Scheduler:
         if len(self._flights) >= MAX_DEPTH:
             raise InternalError(f"{len(self._flights)} steps are in flight already")
         self._expire(now)
-        self._followers.look(now)
         fed = self._growth.feed(lambda request: self._finish(request, "length", now))
         slices: list[Slice] = []
         decoding: list[Request] = []
@@ -320,8 +310,6 @@ class Scheduler:
                 self._deliver(request, sample, now)
             if request.state is State.PREEMPTED:
                 self._holdings.settle(request)
-        # Not only at the next step: that may take long, and their pages can go out now.
-        self._followers.look(now)
 
     def fail(self, step: int, error: MicroserveError) -> None:
         """The executor could not compute `step`: its requests fail with `error`, and what it wrote is not kept."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from microserve.engine.outputs import Computed, Output, Ready
 from microserve.engine.request import NEVER, State
-from microserve.runtime.errors import MicroserveError
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -104,58 +101,3 @@ class SendRequests:
             del builders[request.builds]
         request.builds = self._holdings.builds(request, request.shared_pages * self._page_size)
         builders.setdefault(request.builds, request)
-
-
-class Followers:
-    """Sends that wait for the generation of their own request here, which computes what they need.
-
-    They hold nothing, and begin by `begin`, which raises the refusal, when that generation has its first token or has
-    ended. So a program may ask for the first token and for the KV at once, and the prompt is computed once.
-    """
-
-    def __init__(self, roster: Roster, begin: Callable[[Request, float], None], tell: Callable[[Output], None]) -> None:
-        self._roster = roster
-        self._begin = begin
-        self._tell = tell
-        self._pairs: list[tuple[Request, Request]] = []
-        """(send, generation)."""
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def add(self, request: Request) -> bool:
-        """Whether `request`, a send that has not begun, has a generation to wait for; then it does."""
-        known = request.known
-        if not request.request_id:
-            return False
-        for other in self._roster.live.values():
-            if other.request_id != request.request_id or not _computes(other) or known > other.known:
-                continue
-            if np.array_equal(other.history[:known], request.history[:known]):
-                self._pairs.append((request, other))
-                return True
-        return False
-
-    def drop(self, request: Request) -> None:
-        """It waits no more. Idempotent."""
-        self._pairs = [pair for pair in self._pairs if pair[0] is not request]
-
-    def look(self, now: float) -> None:
-        """Begins those whose wait is over. A refusal is their output."""
-        if not self._pairs:
-            return
-        over = [request for request, owner in self._pairs if not _computes(owner)]
-        self._pairs = [pair for pair in self._pairs if _computes(pair[1])]
-        for request in over:
-            try:
-                self._begin(request, now)
-            except MicroserveError as error:
-                self._tell(Output(request, error, True))
-
-
-def _computes(request: Request) -> bool:
-    """Whether a generation is about to compute its prompt, or does."""
-    if request.final or request.sends or request.generated:
-        return False
-    # With KV from elsewhere, it may wait for this very send.
-    return request.kv is None and request.state is not State.RECEIVING

@@ -157,8 +157,7 @@ class RunEngine:
             end=last,
         )
         # It needs the KV of everything before the range, too.
-        missing = 0 if link in run.prompting else last - min(last, run.matched(link, kv.prompt))
-        run.send(sending, body, self._take_charge(missing))
+        run.send(sending, body, self._take_charge(last - min(last, run.matched(link, kv.prompt))))
         return sending
 
     def start_generate(
@@ -170,6 +169,7 @@ class RunEngine:
         kv_wait: float | None = None,
         max_tokens: int | None = None,
         after: Sequence[int] = (),
+        wait: float | None = None,
     ) -> TokenStream:
         run, link = self._run, self._link
         request, prompt = run.request, run.prompt_bytes
@@ -181,7 +181,8 @@ class RunEngine:
             if max_tokens < 1:
                 raise InvalidRequest(f"max_tokens is {max_tokens}, and at least 1", param="max_tokens")
             most = min(sampling.max_tokens, request.prior_output + max_tokens)
-            sampling = msgspec.structs.replace(sampling, max_tokens=most)
+            least = min(sampling.min_tokens, most)
+            sampling = msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
         own = None if kv is None else _own(kv)
         if own is None:
             begin = 0 if begin is None else begin
@@ -197,6 +198,7 @@ class RunEngine:
             begin=begin,
             sampling=sampling,
             prior_output=request.prior_output,
+            admit_by=None if wait is None else run.patience(wait),
             lease=None if own is None else own.address.lease,
             kv_wait=None if own is None else run.kv_wait(kv_wait),
         )
@@ -298,8 +300,6 @@ class TokenStream:
             run.discharge(charge)
             raise
         run.epochs[link.id] = link.info.epoch
-        if kv is None:
-            run.prompting.add(link)
         if run.generating[-1:] != [link.id]:
             run.generating.append(link.id)
 
@@ -337,7 +337,6 @@ class TokenStream:
         """The prompt is computed, and a lease used up."""
         self._waiting = False
         self._charge.expect(0)
-        self._run.prompting.discard(self._link)
         if self._kv is not None:
             self._kv.over = True
         run = self._run
@@ -352,7 +351,6 @@ class TokenStream:
             record.reused = record.matched + reply.received_tokens
             # What it had cached of earlier output is not told, and counts as computed.
             record.computed = max(0, usage.prompt_tokens + self._prior_output - record.reused)
-        self._run.prompting.discard(self._link)
         self._run.discharge(self._charge)
 
     def _last(self, chunk: Chunk) -> Chunk:
@@ -363,7 +361,8 @@ class TokenStream:
         usage, run = reply.usage, self._run
         cached = usage.cached_tokens
         whole = run.cached_tokens(self._link, self._kv, cached, reply.received_tokens)
-        if reply.finish_reason == "length" and self._most < run.request.sampling.max_tokens:
+        limited = self._most < run.request.sampling.max_tokens and usage.completion_tokens >= self._most
+        if reply.finish_reason == "length" and limited:
             run.went_on(whole)
             return chunk
         if whole != cached:

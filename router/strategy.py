@@ -224,11 +224,13 @@ class Engine(Protocol):
         kv_wait: float | None = None,
         max_tokens: int | None = None,
         after: Sequence[int] = (),
+        wait: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """Start to prefill the request's prompt from `begin` and to decode; returns the chunks as they come.
 
         With `max_tokens` (at least 1) it stops after so many. When that, and not the request, ends it, no chunk has
-        `finish`: another engine goes on, `after` what was output here (token ids, in order).
+        `finish`: another engine goes on, `after` what was output here (token ids, in order). `wait`: seconds that it
+        stands in line at most, until it is refused with `Busy`; by default as long as the request has.
 
         With `kv`, which has to be on this engine: as soon as the KV before `begin` (by default its `end`) has arrived;
         what does not come within `kv_wait` seconds (by default as the engine is configured) is computed. The

@@ -69,8 +69,6 @@ class SubRequests:
         """Engines that were asked to generate, in order."""
         self.epochs: dict[str, int] = {}
         """Which incarnations of them."""
-        self.prompting: set[EngineLink] = set()
-        """Engines that compute the prompt for a generation: what they are to send of it, they compute only once."""
         self.records: list[SubRecord] = []
         self._clock = clock
         self._deadline = deadline

@@ -47,7 +47,6 @@ def make_request(
     admit_by: float | None = None,
     first_token_by: float | None = None,
     deadline: float | None = None,
-    request_id: str = "",
     sub_id: str = "",
     **sampling: object,
 ) -> Request:
@@ -58,7 +57,6 @@ def make_request(
         admit_by=admit_by,
         first_token_by=first_token_by,
         deadline=deadline,
-        request_id=request_id,
         sub_id=sub_id,
     )
 

@@ -103,8 +103,8 @@ class KvRig(Rig):
 
     # --- sending ---
 
-    def send(self, prompt: Sequence[int], request_id: str = "") -> Request:
-        return self.submit_send(make_request(prompt, max_tokens=1, request_id=request_id))
+    def send(self, prompt: Sequence[int]) -> Request:
+        return self.submit_send(make_request(prompt, max_tokens=1))
 
     def submit_send(self, request: Request) -> Request:
         request.sends = True

@@ -227,7 +227,8 @@ class ScriptedEngine:
         if ids:
             incoming.part(Tokens(ids=pack_tokens(ids), cached=cached))
         prompt = len(unpack_tokens(self.started(call).prompt))
-        usage = Usage(prompt_tokens=prompt, completion_tokens=len(ids), cached_tokens=cached)
+        completion = self.started(call).prior_output + len(ids)
+        usage = Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached)
         incoming.reply(Generated(finish_reason=reason, usage=usage, received_tokens=received))
         await self._network.settle()
 

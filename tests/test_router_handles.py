@@ -170,28 +170,28 @@ def test_a_limit_counts_from_what_was_delivered_before_an_engine_was_lost() -> N
     run(check, in_two_parts)
 
 
-def test_a_send_beside_a_generation_of_the_same_prompt_is_charged_once() -> None:
-    async def both(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
-        kv = await fleet.pick("decode").prep_recv(end=48)
-        prefill = fleet.pick("prefill")
-        first = prefill.start_generate(max_tokens=1)
-        prefill.remote_send(kv)
-        async for chunk in first:
-            yield chunk
-        second = fleet.pick("second").start_generate()
-        async for chunk in second:
-            yield chunk
+def test_a_part_is_not_asked_for_more_tokens_at_least_than_at_most() -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=9, min_tokens=4)
+        asked = p.started().sampling
+        assert (asked.min_tokens, asked.max_tokens) == (2, 2)
+        await p.finish(7, 8)
+        asked = d.started().sampling
+        assert (asked.min_tokens, asked.max_tokens) == (4, 9)
+        await d.finish(9)
+        assert ids_of(await read(generation)) == [7, 8, 9]
 
-    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
-        generation = await start(world, max_tokens=2)
-        assert world.charges()["p"] == (2, 50)
-        await p.finish(7, call=0)
-        assert world.charges()["p"] == (1, 0)
-        p.report(p.calls[1], reused=48)
-        await q.finish(8)
-        await read(generation)
+    run(check, in_two_parts)
 
-    run(check, both)
+
+def test_an_engine_that_has_no_more_room_ends_the_request_and_not_its_part() -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=9)
+        await p.finish(7, reason="length")
+        chunks = await read(generation)
+        assert (ids_of(chunks), chunks[-1].finish is not None, d.calls) == ([7], True, [])
+
+    run(check, in_two_parts)
 
 
 def test_a_limit_below_one_token_is_the_programs_mistake() -> None:

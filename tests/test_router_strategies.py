@@ -11,7 +11,14 @@ from tests.virtual_time import run_virtual
 
 from microserve.router.strategies.catalog import BUILT_IN, Catalog
 from microserve.runtime.codec import pack_tokens
-from microserve.runtime.errors import Busy, MicroserveError, PeerLost, TransferFailed
+from microserve.runtime.errors import (
+    Busy,
+    InternalError,
+    InvalidRequest,
+    MicroserveError,
+    PeerLost,
+    TransferFailed,
+)
 from microserve.runtime.messages import (
     CacheMatch,
     CacheMatched,
@@ -97,7 +104,7 @@ def test_the_first_token_comes_from_the_engine_that_prefills_and_kv_moves_behind
         world.engines["d"].matched = 80
         assert (await serve(world))[1:] == ["p remote_send d 80 89", "d start_generate 89 lease=403"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=0)
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=0, early_first=90)
 
 
 def test_who_wants_one_token_needs_no_second_engine() -> None:
@@ -109,7 +116,7 @@ def test_who_wants_one_token_needs_no_second_engine() -> None:
         await world.settle()
         assert world.log == ["d prep_recv end=-1", "p start_generate 0", "d release lease=401"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill")
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
 
 
 def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
@@ -121,7 +128,7 @@ def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
         assert chunks[-1].finish is not None
         assert chunks[-1].finish.usage.cached_tokens == 0
 
-    run("prefill_decode", check, "d-decode", "p-prefill")
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
 
 
 def test_the_engine_that_prefilled_dies_behind_the_first_token() -> None:
@@ -129,9 +136,27 @@ def test_the_engine_that_prefilled_dies_behind_the_first_token() -> None:
         p = world.engines["p"]
         p.answers[RemoteSend] = lambda call: call.fail(TransferFailed("torn"))
         log = await serve(world)
-        assert sorted(log[3:]) == ["d forgo lease=401 0 80", "d start_generate 80 lease=401 after=1"]
+        assert log[3:] == ["d start_generate 80 lease=401 after=1", "d forgo lease=401 0 80"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill")
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+
+
+@pytest.mark.parametrize("error", [Busy("full"), InternalError("broken"), PeerLost("dead"), InvalidRequest("what?")])
+def test_who_decodes_does_without_an_engine_that_says_no_first_token(error: MicroserveError) -> None:
+    async def check(world: World) -> None:
+        world.engines["p"].answers[StartGenerate] = lambda call: call.fail(error)
+        assert (await serve(world))[1:] == ["p start_generate 0", "d start_generate 0 lease=401"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+
+
+def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None:
+    async def check(world: World) -> None:
+        await serve(world)
+        assert world.engines["p"].started(0).admit_by == 5.0
+        assert world.engines["d"].started().admit_by is None
+
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
 
 
 def test_kv_of_long_prompts_moves_while_it_is_computed() -> None:
@@ -148,7 +173,7 @@ def test_prefill_and_decode_on_two_engines() -> None:
         expected = ["d prep_recv end=-1", "p remote_send d 0 89", "d start_generate 89 lease=401"]
         assert await serve(world) == expected
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=0)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
@@ -164,7 +189,7 @@ def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
         assert (await serve(world, PROMPT[:80]))[1:] == ["d start_generate 79 lease=407"]
         assert len(world.engines["p"].calls) == 1
 
-    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64, early_first=0)
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64)
 
 
 def test_without_regard_to_caches_every_prompt_is_sent() -> None:
@@ -173,7 +198,7 @@ def test_without_regard_to_caches_every_prompt_is_sent() -> None:
         assert (await serve(world))[1] == "p remote_send d 80 89"
         assert (await serve(world, [1]))[1] == "d start_generate 0 lease=403"
 
-    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False, early_first=0)
+    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False)
 
 
 def test_several_engines_of_each_kind_take_turns() -> None:
@@ -183,7 +208,7 @@ def test_several_engines_of_each_kind_take_turns() -> None:
         calls = {name: len(engine.calls) for name, engine in world.engines.items()}
         assert calls == {"a": 8, "b": 8, "c": 8, "x": 6, "y": 6}
 
-    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill", early_first=0)
+    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill")
 
 
 def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
@@ -195,7 +220,7 @@ def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
         assert log[0] == f"{first} prep_recv end=-1"
         assert log[1].split()[1:] == ["remote_send", first, "80", "189"]
 
-    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill", early_first=0)
+    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill")
 
 
 def test_one_engine_alone_serves_disaggregated_requests() -> None:
@@ -211,7 +236,7 @@ def test_another_engine_prefills_though_the_one_that_decodes_carries_the_label_t
         end = 89 if name == "prefill_decode" else 64
         assert (await serve(world))[1:] == [f"q remote_send d 0 {end}", f"d start_generate {end} lease=401"]
 
-    run(name, check, "d-decode-prefill", "q", **({"early_first": 0} if name == "prefill_decode" else {}))
+    run(name, check, "d-decode-prefill", "q")
 
 
 # --- balanced --------------------------------------------------------------------------------------------------------

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from microserve.router.strategy import Between, Chunk, Fleet, Request, strategy
+from microserve.runtime.errors import MicroserveError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+
+_PLACE = 5.0
+"""Seconds that a prompt stands in line at the engine that prefills, while the other one holds pages for it: two engines
+that prefill for each other could wait for ever."""
 
 
 @strategy
@@ -17,33 +24,32 @@ async def prefill_decode(
     *,
     cache_aware: bool = True,
     min_remote: Annotated[int, Between(0)] = 64,
-    early_first: Annotated[int, Between(0)] = 8192,
+    early_first: Annotated[int, Between(0)] = 0,
 ) -> AsyncIterator[Chunk]:
     """One engine prefills and another decodes, which does without the first when it lacks less than `min_remote`.
 
-    Of prompts that lack at most `early_first` tokens, the first token comes from the engine that prefills, and KV moves
-    behind it. Those of longer ones move while they are computed, and the engine that decodes says the first token.
+    KV moves while it is computed, and the engine that decodes says the first token. But of prompts that lack at most
+    `early_first` tokens, the engine that prefills says it, and KV moves behind it.
     """
     decode = fleet.pick("decode", prefix=cache_aware)
     kv = await decode.prep_recv(end=-1)
     begin, output = min(kv.matched, kv.end), list[int]()
     if kv.missing and not (cache_aware and kv.missing < min_remote):
         prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        begin = kv.end
         # Of a generation, only whole pages are kept.
         whole = kv.end // request.page_size * request.page_size
-        if kv.matched < whole and kv.missing <= early_first and prefill.id != decode.id:
-            begin = whole
-            first = prefill.start_generate(max_tokens=1)
-            if request.sampling.max_tokens > request.prior_output + 1:
-                # Waits for the generation there, whose pages it sends.
-                prefill.remote_send(kv, end=whole)
-            async for chunk in first:
-                output += chunk.tokens
-                yield chunk
-                if chunk.finish is not None:
-                    return
-        else:
+        if kv.missing > early_first or kv.matched >= whole or prefill.id == decode.id:
             prefill.remote_send(kv)
+            begin = kv.end
+        else:
+            # Who decodes can do without the other engine, whatever that ends with.
+            with suppress(MicroserveError):
+                async for chunk in prefill.start_generate(max_tokens=1, wait=_PLACE):
+                    output += chunk.tokens
+                    yield chunk
+                    if chunk.finish is not None:
+                        return
+                prefill.remote_send(kv, end=whole)
+                begin = whole
     async for chunk in decode.start_generate(kv, begin=begin, after=output):
         yield chunk
