@@ -209,7 +209,7 @@ class EngineCore:
             dead()
         else:
             # Its pages are not safe before we have looked: what it wrote may lie in our own sockets.
-            self.transfers.outlive(dead)
+            self.transfers.outlive(peer_name(engine_id, epoch), dead)
 
     def _expect(self, change: int) -> None:
         if self.transfers is not None:

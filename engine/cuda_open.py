@@ -93,8 +93,9 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     with first_step(progress):
         peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
     profiled = time.monotonic()
-    # Made later: what graphs leave their logits in, and three page tables of int32.
-    peak += config.max_running * model.vocab_size * dtype.itemsize
+    # Made later: what graphs leave their logits in, as much for rows that the CPU draws, and float32 of those; and
+    # three page tables of int32.
+    peak += config.max_running * model.vocab_size * (2 * dtype.itemsize + 4)
     peak += 3 * 4 * table_room(config.max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)

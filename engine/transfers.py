@@ -132,6 +132,7 @@ class _Dialled(Struct, eq=False):
 
 
 class _Outlived(Struct, eq=False):
+    peer: str
     told: Callable[[], object]
     until: float
 
@@ -170,8 +171,8 @@ class TransferThread:
         self._rates: dict[str, float] = {}
         """Bytes/s of the links, as measured when they were made."""
         self._wait = _SHORTEST_WAIT
-        self._awake_until = 0.0
-        """Until then a push is awaited that will be short."""
+        self._awake_for, self._awake_until = "", 0.0
+        """To that peer a push is awaited, until then, that will be short."""
         self._counts = dict.fromkeys(_COUNTED, 0)
         self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-transfer", daemon=True)
@@ -210,13 +211,13 @@ class TransferThread:
         """Begins a push as soon as the thread comes to it."""
         self._command(lambda: self._begin(order))
 
-    def outlive(self, told: Callable[[], object]) -> None:
-        """A peer is dead: `told` is called once nothing comes from it any more, behind its last arrivals.
+    def outlive(self, peer: str, told: Callable[[], object]) -> None:
+        """`peer` is dead: `told` is called once nothing comes from it any more, behind its last arrivals. Forgets it.
 
         What it wrote may lie in our own sockets, from where our own looks at the transport copy it into the pool. In
         the transfer thread; from whoever calls, when that has ended.
         """
-        self._command(lambda: self._outlive(told))
+        self._command(lambda: self._outlive(peer, told))
 
     def expect(self, change: int) -> None:
         """So many notifications more (or fewer) are awaited: while there are any, the thread looks for them often."""
@@ -278,13 +279,15 @@ class TransferThread:
                 happened = True
                 self._outlived.remove(outlived)
                 outlived.told()
+                # Its memory, where that is mapped here, is not free before: another incarnation needs it.
+                self._disconnect(outlived.peer)
         return happened
 
-    def _outlive(self, told: Callable[[], object]) -> None:
+    def _outlive(self, peer: str, told: Callable[[], object]) -> None:
         if self._closed:
             told()
         else:
-            self._outlived.append(_Outlived(told, self._clock() + _LAST_WORDS))
+            self._outlived.append(_Outlived(peer, told, self._clock() + _LAST_WORDS))
 
     def _connect(self, peer: str, metadata: bytes, done: Callable[[LinkReport], None]) -> None:
         if self._over:
@@ -299,11 +302,12 @@ class TransferThread:
 
     def _stay_awake(self, peer: str) -> None:
         if not self._over and self._transport.warm(peer):
-            self._awake_until = self._clock() + _SHORT
+            self._awake_for, self._awake_until = peer, self._clock() + _SHORT
 
     def _begin(self, order: Push) -> None:
         now = self._clock()
-        self._awake_until = now
+        if order.peer == self._awake_for:
+            self._awake_until = now
         if self._over:
             self._fail(order, self._over)
         elif now > order.not_after:

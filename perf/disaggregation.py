@@ -313,7 +313,7 @@ class _Pair:
         return time.perf_counter() - began
 
     async def first_token_early(self) -> tuple[float, float]:
-        """The same, prefilled by the sender, which says the first token and then sends KV: `early_first` of `prefill_decode`.
+        """The same, prefilled by the sender, which says the first token and then sends KV, as with `early_first`.
         Seconds to the first token, and from there to the second, which is the receiver's."""
         ids = unpack_tokens(prompt := self._prompt())
         began = time.perf_counter()

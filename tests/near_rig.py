@@ -23,6 +23,8 @@ class LocalMemory:
     def __init__(self) -> None:
         self.copied = 0
         """Bytes."""
+        self.woken = 0
+        """Bytes that nobody awaited."""
         self.open = 0
         """Areas that are mapped."""
         self.broken = ""
@@ -53,6 +55,11 @@ class LocalReach:
         self._memory.copied += sum(size for _, _, size in pieces)
         self._ordered.append(_Copy(pieces))
         return self._ordered[-1].look
+
+    def wake(self, source: int, target: int, nbytes: int) -> None:
+        if self._memory.broken:
+            raise TransferFailed(self._memory.broken)
+        self._memory.woken += nbytes
 
     def close(self) -> None:
         self._memory.open -= len(self.addresses)

@@ -195,7 +195,7 @@ def test_what_a_dead_peer_left_is_taken_before_it_is_told(
     one.turn()
     hub.kill("one:1")
     told: list[int] = []
-    two.transfers.outlive(lambda: told.append(two.arrived.qsize()))
+    two.transfers.outlive("gone:1", lambda: told.append(two.arrived.qsize()))
     assert (told, int(two.pool[3, 0])) == ([], 2)
     two.turn()
     assert (told, int(two.pool[3, 0])) == ([], 1)
@@ -209,12 +209,27 @@ def test_what_a_dead_peer_left_is_taken_before_it_is_told(
     assert two.arrived.get_nowait() == [Arrival("one:1", 7, 1, 2, 3, 1)]
 
 
+def test_a_dead_peer_is_forgotten_behind_its_last_words(
+    pair: tuple[End, End], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its pool is mapped here, its next incarnation has no memory."""
+    _, two = pair
+    heard: list[str] = []
+    monkeypatch.setattr(two.transport, "disconnect", heard.append)
+    two.transfers.outlive("one:1", lambda: heard.append("told"))
+    two.turn()
+    assert heard == []
+    clock.advance(11e-3)
+    two.turn()
+    assert heard == ["told", "one:1"]
+
+
 def test_a_death_is_not_told_before_a_look_that_began_late_enough(
     pair: tuple[End, End], clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = pair
     told: list[float] = []
-    two.transfers.outlive(lambda: told.append(clock()))
+    two.transfers.outlive("gone:1", lambda: told.append(clock()))
 
     def slow_look() -> list[tuple[str, bytes]]:
         clock.advance(0.5)
@@ -233,13 +248,13 @@ def test_a_death_is_told_by_a_thread_that_stops_when_its_transport_is_closed(
 ) -> None:
     _, two = pair
     told: list[bool] = []
-    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    two.transfers.outlive("gone:1", lambda: told.append("two:2" in hub.members))
     two.turn()
     assert told == []
-    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    two.transfers.outlive("gone:1", lambda: told.append("two:2" in hub.members))
     two.transfers.stop()
     assert told == [False, False]
-    two.transfers.outlive(lambda: told.append("two:2" in hub.members))
+    two.transfers.outlive("gone:1", lambda: told.append("two:2" in hub.members))
     assert told == [False] * 3
 
 
@@ -346,7 +361,7 @@ def test_it_looks_often_while_something_goes_on_and_seldom_when_not(
     hub.let_go()
     one.transfers.expect(-1)
     assert longest() == 20e-3
-    one.transfers.outlive(lambda: None)
+    one.transfers.outlive("gone:1", lambda: None)
     assert longest() == 0.5e-3
 
 
@@ -437,7 +452,7 @@ def test_two_threads_push_both_ways(running: tuple[End, End]) -> None:
 def test_a_death_is_told_by_a_thread_that_has_nothing_else_to_do(running: tuple[End, End]) -> None:
     one, _ = running
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    one.transfers.outlive(lambda: told.put(threading.current_thread().name))
+    one.transfers.outlive("gone:1", lambda: told.put(threading.current_thread().name))
     assert told.get(timeout=LIMIT) == "engine-transfer"
 
 
@@ -496,7 +511,7 @@ def test_a_bug_ends_the_thread_loudly_and_everybody_is_answered(
     one = End(hub, "one:1", clock=monotonic, transport=transport)
     died = threading.Event()
     with caplog.at_level(logging.ERROR):
-        one.transfers.outlive(died.set)
+        one.transfers.outlive("gone:1", died.set)
         one.transfers.start()
         one.transfers.connect("two:2", b"", one.reports.put)
         assert transport.closed.wait(LIMIT)
@@ -504,7 +519,7 @@ def test_a_bug_ends_the_thread_loudly_and_everybody_is_answered(
         assert one.pushed.get(timeout=LIMIT).error == "the transfer thread died: KeyError('two:2')"
         assert died.wait(LIMIT)
         died.clear()
-        one.transfers.outlive(died.set)
+        one.transfers.outlive("gone:1", died.set)
         assert died.is_set()
     assert "the transfer thread died" in caplog.messages
     one.transfers.stop()

@@ -141,10 +141,10 @@ def test_a_pool_that_cannot_be_mapped_is_written_by_ucx(make: Open) -> None:
 
 def test_warming_writes_no_page_and_says_nothing(pair: tuple[End, End]) -> None:
     one, two = pair
-    before, copied = two.pool.copy(), one.near.copied
+    before = two.pool.copy()
     two.heard()
     assert one.transport.warm("two:2")
-    assert one.near.copied == copied + (1 << 20)
+    assert one.near.woken == 1 << 20
     assert [each for _ in range(200) for each in two.transport.arrivals()] == [("one:1", b"")]
     assert not one.transport.warm("never seen")
     assert not two.transport.warm("one:1"), "not connected from there"
@@ -234,6 +234,123 @@ def test_what_was_mapped_is_given_back_when_the_rest_cannot_be() -> None:
     with pytest.raises(TransferFailed, match="a handle of 3 bytes is not one of CUDA's"):
         ipc.reach([area, SharedMemory(b"abc", 0)])
     assert driver.mapped == []
+
+
+class _Stream:
+    """What torch has for a stream, and for an event."""
+
+    cuda_stream = 77
+    made = 0
+
+    def __init__(self, device: int | None = None) -> None:
+        type(self).made += 1
+        self.waited = 0
+        self.over = False
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+    def record(self, stream: Any) -> None:
+        self.over = False
+
+    def query(self) -> bool:
+        return self.over
+
+
+class _Event(_Stream):
+    made = 0
+
+
+class _CopyingDriver(_Driver):
+    """Maps everything, a gibibyte apart, and has no batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[int, int, int, int]] = []
+        self.refuses = 0
+
+    def cuIpcOpenMemHandle_v2(self, base: Any, handle: Any, flags: Any) -> int:
+        base._obj.value = (len(self.mapped) + 1) << 30
+        self.mapped.append(base._obj.value)
+        return 0
+
+    def cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:
+        if len(self.copies) == self.refuses - 1:
+            return 700
+        self.copies.append((source.value, target.value, size.value, stream.value))
+        return 0
+
+
+@pytest.fixture
+def ipc(monkeypatch: pytest.MonkeyPatch) -> tuple[CudaIpc, _CopyingDriver]:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    _Stream.made = _Event.made = 0
+    driver = _CopyingDriver()
+    return CudaIpc(driver, 1), driver
+
+
+def test_runs_are_copied_in_the_one_stream_and_events_are_used_again(ipc: tuple[CudaIpc, _CopyingDriver]) -> None:
+    maps, driver = ipc
+    first = maps.reach([SharedMemory(bytes(64), 16), SharedMemory(bytes(64), 0)])
+    second = maps.reach([SharedMemory(bytes(64), 0)])
+    assert (first.addresses, second.addresses) == (((1 << 30) + 16, 2 << 30), (3 << 30,))
+    written = first.copy([(0, 5, 2), (9, 1, 1)], 1000, first.addresses[0], 100)
+    base = (1 << 30) + 16
+    assert driver.copies == [(1000, base + 500, 200, 77), (1900, base + 100, 100, 77)]
+    assert not written()
+    written.args[0].over = True  # type: ignore[attr-defined]
+    assert written()
+    second.copy([(0, 0, 1)], 0, 3 << 30, 100)
+    second.wake(8, 3 << 30, 64)
+    assert driver.copies[-1] == (8, 3 << 30, 64, 77)
+    assert (_Stream.made, _Event.made) == (1, 1)
+    first.close()
+    assert driver.mapped == [3 << 30]
+
+
+def test_a_copy_that_fails_half_way_is_waited_for(ipc: tuple[CudaIpc, _CopyingDriver]) -> None:
+    maps, driver = ipc
+    reach = maps.reach([SharedMemory(bytes(64), 0)])
+    driver.refuses = 2
+    with pytest.raises(TransferFailed, match="cuMemcpyDtoDAsync_v2: peer access is not supported"):
+        reach.copy([(0, 0, 1), (1, 1, 1)], 0, 1 << 30, 100)
+    assert maps._copier is not None
+    assert maps._copier._stream.waited == 1
+
+
+def test_what_torch_raises_is_an_error_of_the_push_and_nothing_stays_mapped(
+    ipc: tuple[CudaIpc, _CopyingDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, driver = ipc
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(_Event, "record", broken)
+    reach = maps.reach([SharedMemory(bytes(64), 0)])
+    with pytest.raises(TransferFailed, match="illegal memory access"):
+        reach.copy([(0, 0, 1)], 0, 1 << 30, 100)
+    reach.close()
+    monkeypatch.setattr(_Stream, "__init__", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        CudaIpc(driver, 0).reach([SharedMemory(bytes(64), 0)])
+    assert driver.mapped == []
+
+
+def test_a_peer_that_does_not_answer_is_mapped_no_more(make: Open) -> None:
+    one, two = make("one:1", 1), make("two:2", 2)
+    one.transport._connect_limit = 0.05
+    connecting = one.transport.connect("two:2", two.transport.metadata())
+    assert one.transport.mapped == {"two:2"}
+    one.near.broken = "no"  # so that the probe itself cannot begin
+    until = monotonic() + 20.0
+    while (report := connecting.poll()) is None:
+        assert monotonic() < until
+        two.transport.arrivals()
+    assert report.error
+    assert (one.transport.mapped, one.near.open) == (frozenset(), 0)
 
 
 MANY, LARGE = 16384, 1 << 16

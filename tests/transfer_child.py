@@ -102,7 +102,7 @@ class _Child:
 
         transfers = TransferThread(self.transport, arrived=lambda arrivals: None, post=lambda function, *args: None)
         self.pool[:] = 7
-        transfers.outlive(told)
+        transfers.outlive("gone:1", told)
         while not taken:
             transfers.turn()
         for _ in range(200):

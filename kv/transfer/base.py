@@ -104,7 +104,7 @@ class Transport(Protocol):
     def warm(self, peer: str) -> bool:
         """A push to `peer` is to come: does what makes its beginning, and its notification, quick. Writes no page.
 
-        Whether the push will be so short that whoever orders it should not fall asleep before.
+        Whether pushes to it are so quick that whoever orders one should not fall asleep before.
         """
         ...
 

@@ -54,6 +54,10 @@ class Reach(Protocol):
         """
         ...
 
+    def wake(self, source: int, target: int, nbytes: int) -> None:
+        """Begins to copy `nbytes` that nobody awaits. Raises `TransferFailed`."""
+        ...
+
     def close(self) -> None:
         """Waits for copies under way, and gives the memory back. Call once."""
         ...
@@ -67,7 +71,7 @@ class NearMemory(Protocol):
         ...
 
     def reach(self, areas: Sequence[SharedMemory]) -> Reach:
-        """Maps memory of a peer. Raises `TransferFailed`."""
+        """Maps memory of a peer. Raises `TransferFailed`, and what torch raises; then nothing is mapped."""
         ...
 
 
@@ -113,6 +117,7 @@ class CudaIpc:
     def __init__(self, driver: Any, device: int) -> None:
         self._driver = driver
         self._device = device
+        self._copier: _Copier | None = None
 
     def share(self, address: int) -> SharedMemory:
         _enter(self._driver, self._device)
@@ -131,22 +136,43 @@ class CudaIpc:
                 base, handle = c_uint64(), _Handle.from_buffer_copy(area.handle)
                 _call(self._driver, "cuIpcOpenMemHandle_v2", byref(base), handle, c_uint(_PEER_ACCESS))
                 bases.append(base.value)
-        except TransferFailed:
+            if self._copier is None:
+                self._copier = _Copier(self._driver, self._device)
+        except Exception:  # torch raises what it likes, and nothing may stay mapped
             _unmap(self._driver, bases)
             raise
         addresses = tuple(base + area.offset for base, area in zip(bases, areas, strict=True))
-        return _CudaReach(self._driver, self._device, bases, addresses)
+        return _CudaReach(self._copier, bases, addresses)
 
 
 class _CudaReach:
-    """Implements `Reach`. Its copies go one after the other, in a stream of their own."""
+    """Implements `Reach`."""
 
-    def __init__(self, driver: Any, device: int, bases: Sequence[int], addresses: tuple[int, ...]) -> None:
+    def __init__(self, copier: _Copier, bases: Sequence[int], addresses: tuple[int, ...]) -> None:
+        self.addresses = addresses
+        self._copier = copier
+        self._bases = bases
+
+    def copy(self, runs: Runs, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
+        sources = array("Q", [source + run[0] * page_bytes for run in runs])
+        targets = array("Q", [target + run[1] * page_bytes for run in runs])
+        return self._copier.copy(sources, targets, array("Q", [run[2] * page_bytes for run in runs]))
+
+    def wake(self, source: int, target: int, nbytes: int) -> None:
+        self._copier.order(array("Q", [source]), array("Q", [target]), array("Q", [nbytes]))
+
+    def close(self) -> None:
+        self._copier.settle()
+        _unmap(self._copier.driver, self._bases)
+
+
+class _Copier:
+    """Copies, one after the other, in a stream of its own: one for all peers, since torch hands streams out again."""
+
+    def __init__(self, driver: Any, device: int) -> None:
         import torch
 
-        self.addresses = addresses
-        self._driver = driver
-        self._bases = bases
+        self.driver = driver
         self._batch = _batch_copy(driver)
         self._attributes, self._first = _Attributes(order=_IN_STREAM_ORDER), c_size_t(0)
         self._options = (byref(self._attributes), byref(self._first), 1)
@@ -155,17 +181,15 @@ class _CudaReach:
         self._events: list[Any] = []
         """Those of copies that have ended: making one takes longer than using it again."""
 
-    def copy(self, runs: Runs, source: int, target: int, page_bytes: int) -> Callable[[], bool]:
-        sources = array("Q", [source + run[0] * page_bytes for run in runs])
-        targets = array("Q", [target + run[1] * page_bytes for run in runs])
-        sizes = array("Q", [run[2] * page_bytes for run in runs])
+    def copy(self, sources: array[int], targets: array[int], sizes: array[int]) -> Callable[[], bool]:
+        """As `Reach.copy`."""
         try:
-            self._order(sources, targets, sizes)
-        except TransferFailed:
-            self._settle()
-            raise
-        event = self._events.pop() if self._events else _event()
-        event.record(self._stream)
+            self.order(sources, targets, sizes)
+            event = self._events.pop() if self._events else _event()
+            event.record(self._stream)
+        except Exception as error:  # torch raises what it likes, and a part may be ordered already
+            self.settle()
+            raise error if isinstance(error, TransferFailed) else TransferFailed(repr(error)) from error
         return partial(self._written, event)
 
     def _written(self, event: Any) -> bool:
@@ -174,21 +198,20 @@ class _CudaReach:
         self._events.append(event)
         return True
 
-    def _order(self, sources: array[int], targets: array[int], sizes: array[int]) -> None:
+    def order(self, sources: array[int], targets: array[int], sizes: array[int]) -> None:
+        """Begins to copy. Raises `TransferFailed`; a part may be under way then."""
         if self._batch is None:
             for source, target, size in zip(sources, targets, sizes, strict=True):
                 numbers = (c_uint64(target), c_uint64(source), c_size_t(size))
-                _call(self._driver, "cuMemcpyDtoDAsync_v2", *numbers, self._handle)
+                _call(self.driver, "cuMemcpyDtoDAsync_v2", *numbers, self._handle)
             return
+        # What CUDA reads while it is called: three arrays of pointers and lengths.
         arrays = [each.buffer_info()[0] for each in (targets, sources, sizes)]
         status = self._batch(*arrays, len(sizes), *self._options, self._handle)
-        _check(self._driver, "cuMemcpyBatchAsync", status)
+        _check(self.driver, "cuMemcpyBatchAsync", status)
 
-    def close(self) -> None:
-        self._settle()
-        _unmap(self._driver, self._bases)
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Waits for whatever is under way."""
         with suppress(RuntimeError):  # a GPU that is lost writes nothing more
             self._stream.synchronize()
 
@@ -213,9 +236,11 @@ def _event() -> Any:
 def _batch_copy(driver: Any) -> Any:
     """cuMemcpyBatchAsync, or None before CUDA 13."""
     entry, found = c_void_p(), c_int()
-    status = driver.cuGetProcAddress_v2(
-        b"cuMemcpyBatchAsync", byref(entry), c_int(_BATCH_SINCE), c_uint64(0), byref(found)
-    )
+    try:
+        look = driver.cuGetProcAddress_v2
+    except AttributeError:  # before CUDA 12
+        return None
+    status = look(b"cuMemcpyBatchAsync", byref(entry), c_int(_BATCH_SINCE), c_uint64(0), byref(found))
     if status or not entry.value:
         return None
     kind = ctypes.CFUNCTYPE(c_int, *[c_void_p] * 3, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p)

@@ -244,13 +244,17 @@ class NixlTransport:
         try:
             self._reached[peer] = self._near.reach(theirs.shared)
             _log.info("pushes go straight into the peer's pool", peer=peer)
-        except TransferFailed as error:
-            _log.info("pushes go through UCX", peer=peer, reason=str(error))
+        except Exception as error:  # torch raises what it likes, and UCX does it as well
+            _log.info("pushes go through UCX", peer=peer, reason=str(error) or repr(error))
 
-    def disconnect(self, peer: str) -> None:
+    def unmap(self, peer: str) -> None:
+        """Waits for copies to `peer`, and gives its memory back: mapped, it stays taken when its process is dead."""
         if (reach := self._reached.pop(peer, None)) is not None:
             self._bind()
             reach.close()
+
+    def disconnect(self, peer: str) -> None:
+        self.unmap(peer)
         if self._peers.pop(peer, None) is not None and peer != self.me:
             self._forget_agent(peer)
 
@@ -279,6 +283,8 @@ class NixlTransport:
         """What carries pages to `peer`: as UCX says; where it does not, as it must be."""
         self._tell_warnings()
         near = self._peers[peer].host == self._metadata.host
+        if peer in self._reached:
+            return "cuda_ipc"
         relation = "self" if peer == self.me else "intra-node" if near else "inter-node"
         memory = "cuda" if self._segment == "VRAM" else "host"
         return self._journal.kind(self.me, relation, memory) or _likely_kind(near, memory, self.me == peer)
@@ -296,7 +302,7 @@ class NixlTransport:
         self._bind()
         size = min(_WAKING_BYTES, self._metadata.scratch_bytes, theirs.scratch_bytes)
         try:
-            reach.copy([(0, 0, 1)], self._scratch, reach.addresses[1], size)
+            reach.wake(self._scratch, reach.addresses[1], size)
             self._agent.send_notif(peer, _PROBE)
         except Exception as error:  # NIXL's have no base of their own; the push itself will say what is wrong
             _log.debug("a way could not be warmed", peer=peer, error=repr(error))
@@ -374,7 +380,8 @@ class NixlTransport:
         try:
             return post.state(self._agent), ""
         except Exception as error:  # its errors have no base of their own
-            return "ERR", _describe(post.peer, error)
+            post.error = post.error or _describe(post.peer, error)
+            return "ERR", post.error
 
     def release(self, post: Post) -> None:
         ours = cast("NixlPost | CopyPost", post)
@@ -455,6 +462,7 @@ class _Probe:
                     return None
                 self._error = f"{self._peer} did not answer within {self._limit:g} s"
             self._end(status)
+        self._transport.unmap(self._peer)
         return LinkReport("", error=self._error)
 
     def _begin(self) -> None:
