@@ -355,7 +355,7 @@ class Generation:
             await self._follow(stream)
             if self._complete or self.state is State.ENDED:
                 return None
-            return InternalError(f"strategy '{self._name}' ended without a last chunk")
+            return InternalError(f"strategy '{self._name}' ended without a last chunk, one with `finish`")
         except MicroserveError as error:
             return error
         except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as error:

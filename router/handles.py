@@ -9,7 +9,7 @@ import msgspec
 from microserve.router.pending import Pending, RunKv, RunSending
 from microserve.router.strategy import Chunk
 from microserve.runtime.codec import pack_tokens, unpack_tokens
-from microserve.runtime.errors import InvalidRequest, MicroserveError, NoEngine, ProtocolError
+from microserve.runtime.errors import MicroserveError, NoEngine, ProtocolError
 from microserve.runtime.messages import (
     CacheMatch,
     CacheMatched,
@@ -179,7 +179,7 @@ class RunEngine:
         sampling, length = request.sampling, len(request.prompt)
         if max_tokens is not None:
             if max_tokens < 1:
-                raise InvalidRequest(f"max_tokens is {max_tokens}, and at least 1", param="max_tokens")
+                raise ValueError(f"max_tokens is {max_tokens}, and at least 1")
             most = min(sampling.max_tokens, request.prior_output + max_tokens)
             least = min(sampling.min_tokens, most)
             sampling = msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
@@ -263,7 +263,7 @@ class RunEngine:
 
     def _check_mine(self, kv: RunKv) -> None:
         if kv.link is not self._link:
-            raise InvalidRequest(f"the KV is prepared on engine {kv.engine}, not on {self.id}", param="kv")
+            raise ValueError(f"the KV is prepared on engine {kv.engine}, not on {self.id}")
 
 
 class TokenStream:
@@ -389,7 +389,8 @@ def _position(index: int | None, length: int) -> int:
 
 def _own(kv: Kv) -> RunKv:
     if not isinstance(kv, RunKv):
-        raise InvalidRequest(f"{type(kv).__name__} is not what prep_recv gives", param="kv")
+        # The program's mistake, and not the client's: so it is told with the line.
+        raise TypeError(f"{type(kv).__name__} is not what prep_recv gives when it is awaited")
     return kv
 
 

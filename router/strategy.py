@@ -99,10 +99,10 @@ class Request:
     def page_aligned(self, fraction: float) -> int:
         """The whole-page position nearest to `fraction` of the prompt, from 0 to the last whole page.
 
-        Raises `InvalidRequest` unless 0 <= fraction <= 1.
+        Raises `ValueError` unless 0 <= fraction <= 1.
         """
         if not 0.0 <= fraction <= 1.0:
-            raise InvalidRequest(f"a fraction of the prompt lies between 0 and 1, not {fraction}")
+            raise ValueError(f"a fraction of the prompt lies between 0 and 1, not {fraction}")
         length = len(self.prompt)
         pages = round(length * fraction / self.page_size)
         return min(pages, length // self.page_size) * self.page_size

@@ -82,6 +82,7 @@ class SubRequests:
         self._charges: list[Charge] = []
         self._names: list[int] | None = None
         self._began: tuple[EngineLink, RunKv | None, int] | None = None
+        self._cached_at_end: int | None = None
         self._first_cached: int | None = None
         """What nobody computed, of a choice whose first tokens came from another engine than the next ones."""
 
@@ -362,6 +363,8 @@ class SubRequests:
         """As `cached_tokens`, of a generation that has not ended: as far as it and the senders have told."""
         if self._first_cached is not None:
             return self._first_cached
+        if self._cached_at_end is not None:
+            return self._cached_at_end
         if self._began is None:
             return 0
         link, kv, cached = self._began
@@ -386,5 +389,8 @@ class SubRequests:
 
     def close(self) -> None:
         """The choice has ended: as `let_go`, and nothing can be started any more."""
+        if not self._closed:
+            # What senders computed is known by leases, which are let go.
+            self._cached_at_end = self.cached_so_far
         self._closed = True
         self.let_go()

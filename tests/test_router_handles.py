@@ -12,10 +12,9 @@ from tests.strategy_rig import run, start, two
 from microserve.router.pending import uncovered
 from microserve.router.strategy import Chunk, Engine, Fleet, Request
 from microserve.router.sub_requests import MOST_RECORDS
-from microserve.runtime.codec import unpack_tokens
+from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import (
     InternalError,
-    InvalidRequest,
     NoEngine,
 )
 from microserve.runtime.messages import (
@@ -24,6 +23,7 @@ from microserve.runtime.messages import (
     Commit,
     PrepRecv,
     RemoteSend,
+    StartGenerate,
     Tokens,
 )
 
@@ -100,6 +100,20 @@ def test_what_is_asked_for_counts() -> None:
         generation.cancel()
 
     run(check, asking)
+
+
+def test_what_senders_computed_is_not_cached_when_a_request_is_cut_short() -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, max_tokens=5)
+        p.report(p.calls[0], reused=16)
+        d.last(StartGenerate).part(Tokens(ids=pack_tokens([10]), cached=0))
+        await world.settle()
+        assert generation.cached_tokens == 16
+        generation.cancel()
+        await world.settle()
+        assert generation.cached_tokens == 16
+
+    run(check)
 
 
 # --- a generation in two parts -------------------------------------------------------------------------------------
@@ -200,7 +214,9 @@ def test_a_limit_below_one_token_is_the_programs_mistake() -> None:
             yield chunk
 
     async def check(world: World, _d: ScriptedEngine, _p: ScriptedEngine, _q: ScriptedEngine) -> None:
-        with pytest.raises(InvalidRequest, match="max_tokens is 0, and at least 1"):
+        with pytest.raises(
+            InternalError, match=r"at test_router_handles\.py:\d+: ValueError: max_tokens is 0, and at least 1"
+        ):
             await read(await start(world))
 
     run(check, none)
@@ -402,7 +418,7 @@ def wrong(act: Callable[[Fleet], Awaitable[None]], match: str) -> None:
 
     async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
         q.grant_always()
-        with pytest.raises((InvalidRequest, InternalError), match=match):
+        with pytest.raises(InternalError, match=match):
             await read(await start(world))
 
     run(check, program)

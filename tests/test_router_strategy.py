@@ -202,5 +202,5 @@ def test_page_aligned(length: int, fraction: float, position: int) -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
 def test_page_aligned_refuses_what_is_no_fraction(fraction: float) -> None:
     request = Request(id="q", model="m", prompt=np.zeros(4, np.int32), sampling=SamplingParams())
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(ValueError, match="lies between 0 and 1"):
         request.page_aligned(fraction)
