@@ -223,11 +223,14 @@ def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
     run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill")
 
 
-def test_one_engine_alone_serves_disaggregated_requests() -> None:
+@pytest.mark.parametrize(("name", "end"), [("prefill_decode", -1), ("balanced", 64)])
+def test_one_engine_alone_serves_disaggregated_requests_and_sends_itself_nothing(name: str, end: int) -> None:
     async def check(world: World) -> None:
-        assert await serve(world) == ["a prep_recv end=-1", "a remote_send a 0 89", "a start_generate 89 lease=101"]
+        assert await serve(world) == [f"a prep_recv end={end}", "a start_generate 0 lease=101"]
+        world.engines["a"].matched = 16
+        assert (await serve(world))[1] == "a start_generate 16 lease=103"
 
-    run("prefill_decode", check, "a")
+    run(name, check, "a")
 
 
 @pytest.mark.parametrize("name", ["prefill_decode", "balanced"])

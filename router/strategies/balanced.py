@@ -18,8 +18,12 @@ async def balanced(
     split = request.page_aligned(1 - ratio)
     decode = fleet.pick("decode", prefix=cache_aware)
     kv = await decode.prep_recv(end=split)
+    begin = min(kv.matched, kv.end)
     if kv.missing:
         prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        prefill.remote_send(kv)
-    async for chunk in decode.start_generate(kv):
+        # One that is alone sends itself nothing.
+        if prefill.id != decode.id:
+            prefill.remote_send(kv)
+            begin = kv.end
+    async for chunk in decode.start_generate(kv, begin=begin):
         yield chunk

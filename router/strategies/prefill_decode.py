@@ -38,7 +38,9 @@ async def prefill_decode(
         prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
         # Of a generation, only whole pages are kept.
         whole = kv.end // request.page_size * request.page_size
-        if kv.missing > early_first or kv.matched >= whole or prefill.id == decode.id:
+        if prefill.id == decode.id:
+            pass  # it is alone, and sends itself nothing
+        elif kv.missing > early_first or kv.matched >= whole:
             prefill.remote_send(kv)
             begin = kv.end
         else:
