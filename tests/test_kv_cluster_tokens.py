@@ -269,6 +269,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, SettingValue], int]] = {
     "1P1D": ("one_pair", {}, 1),
     "2P1D": ("prefill_decode", MOVES, 2),
     "cache-aware 2P1D": ("prefill_decode", {}, 2),
+    "first token early": ("prefill_decode", {**MOVES, "early_first": 8192}, 2),
     "split between two senders": ("shared", {}, 2),
     "migrated before it is served": ("migrated", {}, 1),
     **{f"balanced {ratio}": ("balanced", {"ratio": ratio}, 2 if ratio < 1 else 0) for ratio in (0.0, 0.1, 0.37, 1.0)},
