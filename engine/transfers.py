@@ -227,10 +227,6 @@ class TransferThread:
             self._wait = _SHORTEST_WAIT
             self._wake.set()
 
-    def wake(self) -> None:
-        """Something may have arrived."""
-        self._wake.set()
-
     def statistics(self) -> dict[str, float]:
         """Counters by name."""
         values = {f"transfer_{name}": float(count) for name, count in self._counts.items()}

@@ -268,6 +268,13 @@ class _CopyingDriver(_Driver):
         super().__init__()
         self.copies: list[tuple[int, int, int, int]] = []
         self.refuses = 0
+        self.waits: Callable[[], int] = lambda: 0
+        self.waited = 0
+        """How often the stream had been waited for when memory was unmapped."""
+
+    def cuIpcCloseMemHandle(self, base: Any) -> int:
+        self.waited = self.waits()
+        return super().cuIpcCloseMemHandle(base)
 
     def cuIpcOpenMemHandle_v2(self, base: Any, handle: Any, flags: Any) -> int:
         base._obj.value = (len(self.mapped) + 1) << 30
@@ -306,8 +313,12 @@ def test_runs_are_copied_in_the_one_stream_and_events_are_used_again(ipc: tuple[
     second.wake(8, 3 << 30, 64)
     assert driver.copies[-1] == (8, 3 << 30, 64, 77)
     assert (_Stream.made, _Event.made) == (1, 1)
+    assert maps._copier is not None
+    stream = maps._copier._stream
+    driver.waits = lambda: int(stream.waited)
     first.close()
     assert driver.mapped == [3 << 30]
+    assert driver.waited == 1, "unmapped while copies may be under way"
 
 
 def test_a_copy_that_fails_half_way_is_waited_for(ipc: tuple[CudaIpc, _CopyingDriver]) -> None:
@@ -344,12 +355,22 @@ def test_a_peer_that_does_not_answer_is_mapped_no_more(make: Open) -> None:
     one.transport._connect_limit = 0.05
     connecting = one.transport.connect("two:2", two.transport.metadata())
     assert one.transport.mapped == {"two:2"}
-    one.near.broken = "no"  # so that the probe itself cannot begin
+    until = monotonic() + 20.0
+    while (report := connecting.poll()) is None:
+        assert monotonic() < until
+    assert report.error == "two:2 did not answer within 0.05 s"
+    assert (one.transport.mapped, one.near.open) == (frozenset(), 0)
+
+
+def test_a_probe_that_cannot_be_copied_leaves_nothing_mapped(make: Open) -> None:
+    one, two = make("one:1", 1), make("two:2", 2)
+    connecting = one.transport.connect("two:2", two.transport.metadata())
+    one.near.broken = "no"
     until = monotonic() + 20.0
     while (report := connecting.poll()) is None:
         assert monotonic() < until
         two.transport.arrivals()
-    assert report.error
+    assert report.error == "pushing to two:2: TransferFailed: no"
     assert (one.transport.mapped, one.near.open) == (frozenset(), 0)
 
 

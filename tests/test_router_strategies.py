@@ -150,6 +150,21 @@ def test_who_decodes_does_without_an_engine_that_says_no_first_token(error: Micr
     run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
 
 
+def test_the_engine_that_prefills_dies_between_its_token_and_its_answer() -> None:
+    async def check(world: World) -> None:
+        p = world.engines["p"]
+
+        def die(call: IncomingCall) -> None:
+            call.part(Tokens(ids=pack_tokens([1])))
+            p.dead = True
+            world.network.kill(p.bus.me)
+
+        p.answers[StartGenerate] = die
+        assert (await serve(world))[1:] == ["p start_generate 0", "d start_generate 0 lease=401 after=1"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+
+
 def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None:
     async def check(world: World) -> None:
         await serve(world)

@@ -153,7 +153,7 @@ class NixlTransport:
         self._reached: dict[str, Reach] = {}
         """Peers whose pool and scratch area are mapped here."""
         self._left: list[NixlPost | CopyPost] = []
-        """Posts that count as failed and that UCX still works on."""
+        """Posts that count as failed and that are still worked on."""
         self._closed = False
         self._journal = _journal()
         self._bind()
