@@ -268,13 +268,12 @@ class NixlTransport:
     def probe(self, peer: str, *, warm: bool) -> NixlPost | CopyPost | str:
         """Starts to push our scratch area into the peer's. `warm`: a little of it, by UCX, whatever pushes go by."""
         theirs = self._peers[peer]
-        reach = None if warm else self._reached.get(peer)
         size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
         # As many times the only page of a pool, which is the scratch area.
         found = [(0, 0, 1)] * times
-        if reach is not None:
-            return self._copy(peer, reach, found, self._scratch, reach.addresses[1], size, _PROBE)
+        if not warm and (made := self._copy(peer, found, self._scratch, 1, size, _PROBE)) is not None:
+            return made
         here = descriptors(found, 0, self._scratch, size, self._device)
         there = descriptors(found, 1, theirs.scratch, size, theirs.device)
         return self._post(peer, here, there, theirs.segment, _PROBE)
@@ -317,19 +316,24 @@ class NixlTransport:
         found = planned(source, target, ours.total_pages, theirs.total_pages)
         if isinstance(found, str):
             return found
-        if (reach := self._reached.get(peer)) is not None:
-            return self._copy(peer, reach, found, ours.address, reach.addresses[0], ours.page_bytes, notification)
+        if (made := self._copy(peer, found, ours.address, 0, ours.page_bytes, notification)) is not None:
+            return made
         here = descriptors(found, 0, ours.address, ours.page_bytes, ours.device)
         there = descriptors(found, 1, theirs.address, theirs.page_bytes, theirs.device)
         return self._post(peer, here, there, theirs.segment, notification)
 
     def _copy(
-        self, peer: str, reach: Reach, found: Runs, here: int, there: int, page_bytes: int, notification: bytes
-    ) -> CopyPost | str:
+        self, peer: str, found: Runs, here: int, area: int, page_bytes: int, notification: bytes
+    ) -> CopyPost | None:
+        """A post by copies, from our address `here` on into what `peer` has mapped as `area`; None where UCX has to."""
+        if (reach := self._reached.get(peer)) is None:
+            return None
         try:
-            written = reach.copy(found, here, there, page_bytes)
-        except TransferFailed as error:
-            return _describe(peer, error)
+            written = reach.copy(found, here, reach.addresses[area], page_bytes)
+        except Exception as error:  # whatever it was, nothing is under way, and UCX does it as well
+            _log.warning("pushes go through UCX", peer=peer, reason=str(error) or repr(error))
+            self.unmap(peer)
+            return None
         return CopyPost(peer, written, sum(run[2] for run in found) * page_bytes, notification)
 
     def _post(
