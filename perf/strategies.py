@@ -291,9 +291,10 @@ def _plot(path: Path, results: Results, title: str) -> None:
                 )
             axis.set(title=f"{_KINDS[kind]} {metric}", xlabel="requests/s", ylabel="ms", yscale="log")
             axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize="small")
     figure.suptitle(f"8B on H200, latency model: {title}")
-    figure.tight_layout()
+    # Below the plots, where it hides no line.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(results), fontsize="small")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
