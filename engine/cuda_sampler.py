@@ -60,22 +60,20 @@ class Draws:
         self._settings = np.zeros((4, slots))
         """Temperature, 0 where nothing is drawn, top_k, top_p and min_p."""
         self._seeds = np.zeros(slots, dtype=np.uint64)
-        self._started: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._started)
+        """How many slots draw."""
+        return int(np.count_nonzero(self._settings[0]))
 
     def start(self, slot: int, sampling: SamplingParams, seed: int) -> None:
         """A sequence that draws has this slot now."""
         temperature = max(sampling.temperature, COLDEST)
         self._settings[:, slot] = (temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self._seeds[slot] = seed & 0xFFFFFFFFFFFFFFFF
-        self._started.add(slot)
 
     def forget(self, slot: int) -> None:
         """The slot's sequence draws no more. Idempotent."""
         self._settings[0, slot] = 0.0
-        self._started.discard(slot)
 
     def columns(self, slots: IntArray, indices: Sequence[int]) -> npt.NDArray[np.float64]:
         """What `cuda_draw.draw` needs to know of a step's samples: float64 [7, drawn].

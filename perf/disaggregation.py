@@ -52,6 +52,11 @@ from perf.shapes import write_shape
 if TYPE_CHECKING:
     from microserve.runtime.rpc import IncomingCall
 
+_PAUSE = 5e-3
+"""Seconds that GPUs rest before a copy, as they do before a push that is measured: an idle link takes time to wake."""
+_PAGE_BYTES = 2 << 20
+"""16 tokens of an 8B in bf16, the only shape there is."""
+
 
 def main() -> None:
     bench = Benchmark("disaggregation", "KV between two engines on two GPUs")
@@ -68,7 +73,7 @@ def main() -> None:
         raise SystemExit(f"perf.disaggregation: there is no cuda:{most} (--devices)")
     copied = _peer_copy(devices[0], devices[1], 1 << 30, args.repeat)
     bench.row("peer copy of 1 GiB", copied, unit="GB/s", note=args.devices)
-    nbytes = args.tokens // 16 * (2 << 20)
+    nbytes = args.tokens // 16 * _PAGE_BYTES
     for pause in (0.0, _PAUSE):
         rested = _peer_copy(devices[0], devices[1], nbytes, args.repeat, pause)
         note = f"after {1e3 * pause:g} ms without work" if pause else "one after the other"
@@ -93,10 +98,6 @@ def _peer_copy(sender: str, receiver: str, nbytes: int, repeat: int, pause: floa
         if attempt >= 2:
             rates.append(nbytes / (time.perf_counter() - began) / 1e9)
     return Sample(tuple(rates))
-
-
-_PAUSE = 5e-3
-"""Seconds that GPUs rest before a copy, as they do before a push that is measured: an idle link takes time to wake."""
 
 
 class _Router:
@@ -214,7 +215,7 @@ async def _introduce(router: _Router, engines: dict[str, RpcClient]) -> None:
                 await asyncio.sleep(0.05)
 
 
-class Apart(Struct, frozen=True):
+class _Apart(Struct, frozen=True):
     """The seconds of one 1P1D request, and of its parts, one after the other."""
 
     seconds: float
@@ -340,7 +341,7 @@ class _Pair:
             token async for part in stream if isinstance(part, Tokens) for token in unpack_tokens(part.ids).tolist()
         ]
 
-    async def disaggregated(self) -> Apart:
+    async def disaggregated(self) -> _Apart:
         """The same, prefilled by the sender; the first token is the receiver's, which has waited for the KV."""
         prompt = self._prompt()
         began = time.perf_counter()
@@ -355,7 +356,7 @@ class _Pair:
         if end.recomputed_tokens or not isinstance(report, SendReport):
             raise RuntimeError(f"KV did not come: {end}, {report}")
         rest = ended - prepared - report.seconds
-        return Apart(ended - began, prepared - began, report.seconds, report.push_seconds, rest)
+        return _Apart(ended - began, prepared - began, report.seconds, report.push_seconds, rest)
 
     async def step_alone(self) -> float:
         """Milliseconds a step of one decode on the receiver, behind a prompt of this length."""

@@ -90,7 +90,7 @@ class SubRequests:
         """The choice begins again, with what is left of it. Everything that was started has been let go of."""
         self.request = request
         self.prompt_bytes = pack_tokens(request.prompt)
-        self._names = self._first_cached = None
+        self._names = None
 
     # --- making calls ------------------------------------------------------------------------------------------------
 

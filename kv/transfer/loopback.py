@@ -175,8 +175,8 @@ class LoopbackTransport:
             total = other.memory.total_pages if other is not None else None
         if total is None:
             return f"{peer} is gone"
-        if isinstance(error := planned(source, target, self.memory.total_pages, total), str):
-            return error
+        if isinstance(found := planned(source, target, self.memory.total_pages, total), str):
+            return found
         hub, count = self._hub, len(source)
         if hub.seconds_per_page:
             self._busy_until = max(hub.clock(), self._busy_until) + count * hub.seconds_per_page

@@ -22,6 +22,7 @@ import numpy as np
 
 from microserve.kv.transfer.base import LinkReport, PostState, PostStatus
 from microserve.kv.transfer.cuda_ipc import SharedMemory  # noqa: TC001 - msgspec reads it
+from microserve.kv.transfer.mapped import POOL, SCRATCH, CopyPost, MappedPeers
 from microserve.kv.transfer.plan import descriptors, planned
 from microserve.kv.transfer.ucx_journal import UcxJournal
 from microserve.runtime.clock import monotonic
@@ -29,12 +30,10 @@ from microserve.runtime.errors import TransferFailed
 from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import KvMemory, Post
-    from microserve.kv.transfer.cuda_ipc import NearMemory, Reach
-    from microserve.kv.transfer.plan import DescriptorArray, Runs
+    from microserve.kv.transfer.cuda_ipc import NearMemory
+    from microserve.kv.transfer.plan import Runs
     from microserve.runtime.clock import Clock
 
 _WARM_BYTES: Final = 4096
@@ -81,40 +80,12 @@ class NixlPost:
         self.error = ""
         """Why it counts as failed although UCX may still work on it."""
 
-    def state(self, agent: Any) -> str:
-        """ "PROC", "DONE" or "ERR", as NIXL says it. Raises whatever NIXL raises."""
+    def advance(self, agent: Any) -> str:
+        """Drives it: "PROC", "DONE" or "ERR", as NIXL says it. Raises whatever NIXL raises."""
         return str(agent.check_xfer_state(self.handle))
 
     def release(self, agent: Any) -> None:
         agent.release_xfer_handle(self.handle)
-
-
-class CopyPost:
-    """One push by copies into mapped memory. Its notification is sent by whoever finds that all is written."""
-
-    __slots__ = ("error", "nbytes", "notification", "peer", "told", "written")
-
-    def __init__(self, peer: str, written: Callable[[], bool], nbytes: int, notification: bytes) -> None:
-        self.peer = peer
-        self.nbytes = nbytes
-        self.notification = notification
-        self.error = ""
-        self.written = written
-        self.told = False
-
-    def state(self, agent: Any) -> str:
-        """As `NixlPost.state`."""
-        if self.error:
-            return "ERR"
-        if not self.told:
-            if not self.written():
-                return "PROC"
-            agent.send_notif(self.peer, self.notification)
-            self.told = True
-        return "DONE"
-
-    def release(self, agent: Any) -> None:
-        """Nothing is held."""
 
 
 class NixlTransport:
@@ -143,15 +114,13 @@ class NixlTransport:
         self.me = me
         self._memory = memory
         self._clock = clock
-        self._near = near
         self._connect_limit = connect_limit
         self._segment = "VRAM" if memory.device.startswith("cuda") else "DRAM"
         self._device = int(memory.device.partition(":")[2] or 0) if self._segment == "VRAM" else 0
         self._thread = 0
         """The thread that has the device's context."""
         self._peers: dict[str, _Metadata] = {}
-        self._reached: dict[str, Reach] = {}
-        """Peers whose pool and scratch area are mapped here."""
+        self._mapped = MappedPeers(near)
         self._left: list[NixlPost | CopyPost] = []
         """Posts that count as failed and that are still worked on."""
         self._closed = False
@@ -184,7 +153,7 @@ class NixlTransport:
             total_pages=memory.total_pages,
             scratch=self._scratch + size,
             scratch_bytes=size,
-            shared=self._share(memory.address, self._scratch + size),
+            shared=self._mapped.share(memory.address, self._scratch + size),
         )
 
     @property
@@ -194,19 +163,10 @@ class NixlTransport:
     @property
     def mapped(self) -> frozenset[str]:
         """Peers whose pools are mapped here: pages go there without UCX."""
-        return frozenset(self._reached)
+        return self._mapped.names
 
     def metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._metadata)
-
-    def _share(self, pool: int, scratch: int) -> tuple[SharedMemory, SharedMemory] | None:
-        if self._near is None:
-            return None
-        try:
-            return self._near.share(pool), self._near.share(scratch)
-        except TransferFailed as error:
-            _log.info("peers on this host push here through UCX", reason=str(error))
-            return None
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -232,26 +192,15 @@ class NixlTransport:
                 self._forget_agent(named)
                 return f"the metadata is that of {named}, not of {peer}"
         self._peers[peer] = theirs
-        self._reach(peer, theirs)
+        if peer != self.me and theirs.shared is not None and theirs.host == ours.host:
+            self._mapped.map(peer, theirs.shared)
         return ""
 
-    def _reach(self, peer: str, theirs: _Metadata) -> None:
-        """Maps what `peer` shares, where it can be mapped; where not, UCX pushes."""
-        if self._near is None or theirs.shared is None or theirs.host != self._metadata.host:
-            return
-        if peer == self.me or peer in self._reached:
-            return
-        try:
-            self._reached[peer] = self._near.reach(theirs.shared)
-            _log.info("pushes go straight into the peer's pool", peer=peer)
-        except Exception as error:  # torch raises what it likes, and UCX does it as well
-            _log.info("pushes go through UCX", peer=peer, reason=str(error) or repr(error))
-
     def unmap(self, peer: str) -> None:
-        """Waits for copies to `peer`, and gives its memory back: mapped, it stays taken when its process is dead."""
-        if (reach := self._reached.pop(peer, None)) is not None:
+        """From here on, UCX pushes to `peer`. Waits for copies under way."""
+        if peer in self._mapped:
             self._bind()
-            reach.close()
+            self._mapped.unmap(peer)
 
     def disconnect(self, peer: str) -> None:
         self.unmap(peer)
@@ -272,18 +221,17 @@ class NixlTransport:
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
         # As many times the only page of a pool, which is the scratch area.
         found = [(0, 0, 1)] * times
-        if not warm and (made := self._copy(peer, found, self._scratch, 1, size, _PROBE)) is not None:
-            return made
-        here = descriptors(found, 0, self._scratch, size, self._device)
-        there = descriptors(found, 1, theirs.scratch, size, theirs.device)
-        return self._post(peer, here, there, theirs.segment, _PROBE)
+        if warm:
+            return self._post(peer, found, self._scratch, theirs.scratch, size, _PROBE)
+        made = self._mapped.copy(peer, found, self._scratch, SCRATCH, size, _PROBE)
+        return made or self._post(peer, found, self._scratch, theirs.scratch, size, _PROBE)
 
     def kind(self, peer: str) -> str:
         """What carries pages to `peer`: as UCX says; where it does not, as it must be."""
         self._tell_warnings()
-        near = self._peers[peer].host == self._metadata.host
-        if peer in self._reached:
+        if peer in self._mapped:
             return "cuda_ipc"
+        near = self._peers[peer].host == self._metadata.host
         relation = "self" if peer == self.me else "intra-node" if near else "inter-node"
         memory = "cuda" if self._segment == "VRAM" else "host"
         return self._journal.kind(self.me, relation, memory) or _likely_kind(near, memory, self.me == peer)
@@ -295,13 +243,12 @@ class NixlTransport:
     # --- pushes ------------------------------------------------------------------------------------------------------
 
     def warm(self, peer: str) -> bool:
-        theirs, reach = self._peers.get(peer), self._reached.get(peer)
-        if theirs is None or reach is None:
+        if peer not in self._mapped:
             return False
         self._bind()
-        size = min(_WAKING_BYTES, self._metadata.scratch_bytes, theirs.scratch_bytes)
+        size = min(_WAKING_BYTES, self._metadata.scratch_bytes, self._peers[peer].scratch_bytes)
         try:
-            reach.wake(self._scratch, reach.addresses[1], size)
+            self._mapped.wake(peer, self._scratch, size)
             self._agent.send_notif(peer, _PROBE)
         except Exception as error:  # NIXL's have no base of their own; the push itself will say what is wrong
             _log.debug("a way could not be warmed", peer=peer, error=repr(error))
@@ -316,41 +263,28 @@ class NixlTransport:
         found = planned(source, target, ours.total_pages, theirs.total_pages)
         if isinstance(found, str):
             return found
-        if (made := self._copy(peer, found, ours.address, 0, ours.page_bytes, notification)) is not None:
-            return made
-        here = descriptors(found, 0, ours.address, ours.page_bytes, ours.device)
-        there = descriptors(found, 1, theirs.address, theirs.page_bytes, theirs.device)
-        return self._post(peer, here, there, theirs.segment, notification)
-
-    def _copy(
-        self, peer: str, found: Runs, here: int, area: int, page_bytes: int, notification: bytes
-    ) -> CopyPost | None:
-        """A post by copies, from our address `here` on into what `peer` has mapped as `area`; None where UCX has to."""
-        if (reach := self._reached.get(peer)) is None:
-            return None
-        try:
-            written = reach.copy(found, here, reach.addresses[area], page_bytes)
-        except Exception as error:  # whatever it was, nothing is under way, and UCX does it as well
-            _log.warning("pushes go through UCX", peer=peer, reason=str(error) or repr(error))
-            self.unmap(peer)
-            return None
-        return CopyPost(peer, written, sum(run[2] for run in found) * page_bytes, notification)
+        made = self._mapped.copy(peer, found, ours.address, POOL, ours.page_bytes, notification)
+        return made or self._post(peer, found, ours.address, theirs.address, ours.page_bytes, notification)
 
     def _post(
-        self, peer: str, here: DescriptorArray, there: DescriptorArray, segment: str, notification: bytes
+        self, peer: str, found: Runs, here: int, there: int, page_bytes: int, notification: bytes
     ) -> NixlPost | str:
+        """A post by UCX of runs of pages, from our address `here` on to the peer's `there` on."""
+        theirs = self._metadata if peer == self.me else self._peers[peer]
+        ours = descriptors(found, 0, here, page_bytes, self._device)
+        others = descriptors(found, 1, there, page_bytes, theirs.device)
         agent = self._agent
         try:
             handle = agent.initialize_xfer(
                 "WRITE",
-                agent.get_xfer_descs(here, self._segment),
-                agent.get_xfer_descs(there, segment),
+                agent.get_xfer_descs(ours, self._segment),
+                agent.get_xfer_descs(others, theirs.segment),
                 peer,
                 notification,
             )
         except Exception as error:  # its errors have no base of their own
             return _describe(peer, error)
-        made = NixlPost(peer, handle, int(here[:, 1].sum()))
+        made = NixlPost(peer, handle, int(ours[:, 1].sum()))
         try:
             state = agent.transfer(handle)
         except Exception as error:  # as above: the connection is broken, or the peer is dead
@@ -382,7 +316,7 @@ class NixlTransport:
 
     def _state(self, post: NixlPost | CopyPost) -> tuple[str, str]:
         try:
-            return post.state(self._agent), ""
+            return post.advance(self._agent), ""
         except Exception as error:  # its errors have no base of their own
             post.error = post.error or _describe(post.peer, error)
             return "ERR", post.error
