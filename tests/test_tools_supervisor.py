@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -84,6 +85,33 @@ def test_lines_are_told_and_stopping_is_orderly(make: Make) -> None:
         states.append(child.state)
         assert states == [ChildState.WAITING, ChildState.RUNNING, ChildState.STOPPING, ChildState.ENDED]
         assert list(child.lines) == ["up --x 1"]
+
+    asyncio.run(scenario())
+
+
+def test_a_signal_to_a_child_that_has_just_ended_leaves_its_exit_code(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled = threading.Event()
+    waitpid = os.waitpid
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        """Of the thread that waits for the child: it is not told of the end before the child is signalled."""
+        if threading.current_thread() is not threading.main_thread():
+            signalled.wait()
+        return waitpid(pid, options)
+
+    monkeypatch.setattr(os, "waitpid", late)
+
+    async def scenario() -> None:
+        child, lines = make("print('up', flush=True); raise SystemExit(7)")
+        task = asyncio.create_task(child.run())
+        await lines.get()
+        assert child.pid is not None
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - the loop is to hear nothing of it
+        child.stop()
+        signalled.set()
+        assert await task == 7
 
     asyncio.run(scenario())
 

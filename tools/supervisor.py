@@ -170,7 +170,7 @@ class Child:
             return await process.wait()
         finally:
             if process.returncode is None:
-                process.kill()
+                self._signal(signal.SIGKILL)
                 await process.wait()
 
     async def _read_lines(self, process: asyncio.subprocess.Process) -> None:
@@ -201,9 +201,10 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            # It may have ended without our having heard.
+            # It may have ended without our having heard. Process.send_signal would look first, and one that looks takes
+            # the exit code from the event loop, which then makes one up (255; CPython issue 87744).
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+                os.kill(self._process.pid, number)
 
 
 def describe_exit(code: int) -> str:
