@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
-from microserve.engine.cuda_inputs import StepArrays, ladder, step_arrays, table_room
+from microserve.engine.cuda_inputs import StepArrays, ladder, lay, step_arrays, table_room
 from microserve.engine.cuda_sampler import Draws, greedy, on_device
 from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.executor import DeviceLost
@@ -112,9 +112,14 @@ class CudaExecutor:
         tables = table_room(max_running, model.max_context, pool.shape.page_size)
         # One copy brings everything of a step: tokens take five places each, pages one.
         self._capacity = 8 * (step_tokens + 2 * max_running) + 2 * tables + 64 * max_running + 16384
-        self._staging = [torch.empty(self._capacity, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._staging = _pinned_pair(self._capacity)
         self._device_staging = torch.zeros(self._capacity, dtype=torch.int32, device=device)
-        self._results = [torch.empty(max_running + step_tokens, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._results = _pinned_pair(max_running + step_tokens)
+        self._done: list[Any] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call, unused-ignore]
+        # Three arrays of those that prefill, sends included, and seven numbers of each that draws.
+        self._planning = _pinned_pair(3 * (2 * max_running + 8))
+        self._columns = _pinned_pair(7 * max_running, torch.float64)
+        self._device_columns = torch.empty(7 * max_running, dtype=torch.float64, device=device)
         self._make_graph_buffers(max_running, tables)
         self._segments = SegmentGraphs(decoder, self._device_staging, self._ids, step_tokens)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
@@ -185,6 +190,13 @@ class CudaExecutor:
             self._flights.append(self._sample(plan.step, arrays, logits, tokens))
             # Not before: after a launch that failed, the other half is still the older step's.
             self._parity ^= 1
+
+    def ended(self) -> bool:
+        """Whether the oldest launched step has ended."""
+        try:
+            return not self._flights or bool(self._flights[0].done.query())
+        except Exception:  # a device that is gone: whoever collects is told
+            return True
 
     def collect(self) -> StepResult:
         """Waits for the oldest launched step. Raises `InternalError` when there is none."""
@@ -365,22 +377,19 @@ class CudaExecutor:
         return logits, torch.where(torch.isfinite(best), ids, -1).int()
 
     def _plan(self, arrays: StepArrays, pages: Tensor) -> Prefill:
-        ends = _pinned(arrays.prefill_tokens)
+        memory = self._planning[self._parity]
+        places, _ = lay(memory.numpy(), (arrays.prefill_tokens, arrays.prefill_indptr, arrays.prefill_last))
+        ends, lengths, last = (memory[place] for place in places)
         if arrays.fresh:
             return self._attention.plan_fresh(self._parity, ends)
-        lengths, last = _pinned(arrays.prefill_indptr), _pinned(arrays.prefill_last)
         return self._attention.plan_paged(self._parity, ends, lengths, pages, last)
 
     def _stage(self, *arrays: np.ndarray) -> list[Tensor]:
         """The arrays on the GPU, by one copy."""
-        staging = self._staging[self._parity].numpy()
-        at, places = 0, []
-        for array in arrays:
-            staging[at : at + len(array)] = array
-            places.append((at, at + len(array)))
-            at += -(-len(array) // 4) * 4
-        self._device_staging[:at].copy_(self._staging[self._parity][:at], non_blocking=True)
-        return [self._device_staging[begin:end] for begin, end in places]
+        staging = self._staging[self._parity]
+        places, end = lay(staging.numpy(), arrays)
+        self._device_staging[:end].copy_(staging[:end], non_blocking=True)
+        return [self._device_staging[place] for place in places]
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -394,8 +403,11 @@ class CudaExecutor:
         if self._draws:
             columns = self._draws.columns(arrays.sampled_slots, [index for _, index in arrays.samples])
             if columns.size:
-                on_gpu = torch.from_numpy(columns).pin_memory().to(self._device, non_blocking=True)
-                draw(logits, on_gpu, tokens, self._last)
+                staging = self._columns[self._parity][: columns.size]
+                staging.numpy()[:] = columns.reshape(-1)
+                on_gpu = self._device_columns[: columns.size]
+                on_gpu.copy_(staging, non_blocking=True)
+                draw(logits, on_gpu.view(columns.shape), tokens, self._last)
         host_logits = host_slots = None
         if host:
             rows = torch.tensor(host, pin_memory=True).to(self._device, non_blocking=True)
@@ -404,7 +416,7 @@ class CudaExecutor:
             host_logits.copy_(wide, non_blocking=True)
             host_slots = torch.from_numpy(arrays.sampled_slots[host].astype(np.int64))
         result.copy_(tokens[:count], non_blocking=True)
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+        done = self._done[self._parity]
         done.record(self._stream)
         return _Flight(step, arrays.samples, result, done, host, host_logits, host_slots)
 
@@ -455,5 +467,6 @@ def _pads(size: int, page: int, slot: int) -> StepArrays:
     )
 
 
-def _pinned(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).pin_memory()
+def _pinned_pair(size: int, dtype: torch.dtype = torch.int32) -> list[Tensor]:
+    """What the CPU writes or reads, for the one step in flight and for the other."""
+    return [torch.empty(size, dtype=dtype, pin_memory=True) for _ in range(2)]

@@ -7,7 +7,7 @@ order in the plan.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,20 @@ def step_arrays(slices: Sequence[Slice], slots: Mapping[int, int], page_size: in
         sampled_slots=np.array([slots[part.sequence] for part in sampled], dtype=np.int32),
         samples=[(part.sequence, part.output_index) for part in sampled],
     )
+
+
+def lay(memory: npt.NDArray[Any], arrays: Sequence[npt.NDArray[Any]]) -> tuple[list[slice], int]:
+    """Writes `arrays` one behind another into `memory`, each to a multiple of four places: where each is, and the end.
+
+    All are flat. Raises `ValueError` where `memory` is too small.
+    """
+    at, places = 0, []
+    for array in arrays:
+        place = slice(at, at + len(array))
+        memory[place] = array
+        places.append(place)
+        at += -(-len(array) // 4) * 4
+    return places, at
 
 
 _MOST_TABLE = 1 << 26

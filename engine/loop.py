@@ -3,9 +3,10 @@
     drain the inbox → sweep leases and pins → schedule → launch step n → collect step n - 1 (depth 2) or n (depth 1)
     → hand the outputs over
 
-Everything behind the inbox belongs to this thread: scheduler, cache, leases, executor. It waits only when there is
-nothing to do, for a command or the nearest deadline. `submit`, `abort`, `ask`, `command`, `start`, `stop` and `load`
-are for other threads.
+Everything behind the inbox belongs to this thread: scheduler, cache, leases, executor. It waits when there is nothing
+to do, for a command or the nearest deadline, and for steps: a prompt's takes as long as tens of decodes, and commands
+run meanwhile, so that nobody's lease, claim or send waits for somebody else's prompt. `submit`, `abort`, `ask`,
+`command`, `start`, `stop` and `load` are for other threads.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ T = TypeVar("T")
 
 _SNAPSHOT_INTERVAL = 0.05
 """Seconds that a load snapshot may be old while steps run."""
+_LONG = 1024
+"""Prompt tokens of a step that is worth looking up from: some 25 ms of an 8B model on a GPU."""
+_LOOK = 0.0002
+"""Seconds between looks at whether such a step has ended: that much later is it collected, at most."""
 _RETRY_WAIT = 0.05
 """Seconds between attempts while requests wait for pages that no step here will free (pinned or leased ones)."""
 
@@ -74,8 +79,8 @@ class StepLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._launched: deque[int] = deque()
-        """Steps launched and not collected, oldest first."""
+        self._launched: deque[tuple[int, int]] = deque()
+        """Steps launched and not collected, oldest first, and how many prompt tokens each has."""
         self._load = scheduler.load()
         self._load_at = clock()
         self._turn_began: float | None = None
@@ -110,15 +115,16 @@ class StepLoop:
         self.command(lambda: self._submit(request))
 
     def abort(self, request: Request) -> None:
-        """Ends `request` at the next step boundary. Nothing more is delivered for it from there."""
+        """Ends `request`, in the step thread. Nothing more is delivered for it from there."""
         self.command(lambda: self._abort(request))
 
     def ask(self, function: Callable[[], T], done: Callable[[T], None]) -> None:
-        """Runs `function` at a step boundary, in the step thread, and posts its result to `done`."""
+        """Runs `function` in the step thread, and posts its result to `done`."""
         self.command(lambda: self._ask(function, done))
 
     def command(self, command: Callable[[], None]) -> None:
-        """Runs `command` at a step boundary, in the step thread. It must not raise: that ends the engine."""
+        """Runs `command` in the step thread: before the next step is scheduled, and while a long one is waited for. So
+        it finds up to `MAX_DEPTH` steps in flight. It must not raise: that ends the engine."""
         self._inbox.append(command)
         self._wake.set()
 
@@ -126,19 +132,35 @@ class StepLoop:
 
     def turn(self) -> bool:
         """One round: commands, at most one step launched and one collected, outputs. Whether there was a step."""
+        self._obey()
+        stepped = self._step()
+        self._tell(idle=not stepped)
+        return stepped
+
+    def attend(self) -> None:
+        """Commands and their outputs, with steps in flight."""
+        self._obey()
+        self._tell()
+
+    @property
+    def attentive(self) -> bool:
+        """Whether the step that is to be collected next is so long that commands run while it is waited for."""
+        return bool(self._launched) and self._launched[0][1] >= _LONG
+
+    def _obey(self) -> None:
         self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
         if self._receiving is not None:
             self._receiving.turn(self._clock())
-        stepped = self._step()
+
+    def _tell(self, *, idle: bool = False) -> None:
         if outputs := self._scheduler.take_outputs():
             self._post(self._deliver, outputs)
         now = self._clock()
-        if not stepped or now - self._load_at >= _SNAPSHOT_INTERVAL:
+        if idle or now - self._load_at >= _SNAPSHOT_INTERVAL:
             self._load = self._snapshot()
             self._load_at = now
-        return stepped
 
     def _snapshot(self) -> Load:
         load = self._scheduler.load()
@@ -158,10 +180,13 @@ class StepLoop:
             except Exception as error:  # whatever a device or a library raises: fatal for this step's requests alone
                 self._failed(plan.step, error)
             else:
-                self._launched.append(plan.step)
+                self._launched.append((plan.step, plan.prompt_tokens))
                 self._metrics.step(len(plan.slices), plan.prompt_tokens)
         if self._launched and (plan is None or len(self._launched) >= self._depth):
-            step = self._launched.popleft()
+            while self.attentive and not self._executor.ended():
+                if self._wake.wait(_LOOK):
+                    self.attend()
+            step, _ = self._launched.popleft()
             try:
                 result = self._executor.collect()
             except DeviceLost:

@@ -20,7 +20,7 @@ from microserve.runtime.errors import MicroserveError
 from microserve.runtime.messages import Generated, ModelInfo, SamplingParams, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 VOCABULARY = 50
 EOS = VOCABULARY - 1
@@ -120,6 +120,8 @@ class Rig:
         self.plans: list[StepPlan] = []
         self.launched: deque[int] = deque()
         self.check = check
+        self.meanwhile: Callable[[], None] | None = None
+        """What happens while a step is waited for."""
 
     def submit(self, request: Request) -> Request:
         self.scheduler.submit(request, self.clock())
@@ -157,6 +159,10 @@ class Rig:
         if self.check:
             self.scheduler.check_integrity()
         if self.launched and (plan is None or len(self.launched) >= self.executor.depth):
+            if self.meanwhile is not None:
+                self.meanwhile()
+                if self.check:
+                    self.scheduler.check_integrity()
             self.collect()
             if self.check:
                 self.scheduler.check_integrity()

@@ -117,8 +117,13 @@ class SimulatedEngine:
     async def _steps(self) -> None:
         core, clock = self.core, self._clock
         while True:
-            if self.executor._launched and (wait := self.executor._launched[0][0] - clock()) > 0:
-                await asyncio.sleep(wait)
+            while self.executor._launched and (wait := self.executor._launched[0][0] - clock()) > 0:
+                if not core.steps.attentive:
+                    await asyncio.sleep(wait)
+                    continue
+                self._stepping.clear()
+                core.steps.attend()
+                await _woken(self._stepping, wait)
             self._stepping.clear()
             if core.steps.turn():
                 await asyncio.sleep(0)

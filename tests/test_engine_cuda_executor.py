@@ -339,6 +339,22 @@ def test_a_prompts_lone_token_need_not_be_sampled(serving: Serving) -> None:
     assert executor.collect().sampled == ()
 
 
+def test_whether_a_step_has_ended_is_seen_without_waiting_for_it(serving: Serving) -> None:
+    history, sampling = np.array([7, 8, 9], dtype=np.int32), SamplingParams(temperature=0.0, max_tokens=4)
+    start = SequenceStart(10**6, history, 3, sampling, 0, ())
+    executor = serving.executor
+    assert executor.ended(), "there is none"
+    with torch.cuda.stream(executor._stream):
+        torch.cuda._sleep(10**9)  # type: ignore[no-untyped-call, unused-ignore] # half a second
+    executor.launch(StepPlan(1, (Slice(10**6, history, 0, np.array([0], dtype=np.int32), True, 0),), (start,)))
+    assert not executor.ended()
+    torch.cuda.synchronize()
+    assert executor.ended()
+    assert len(executor.collect().sampled) == 1
+    executor.launch(StepPlan(2, (), forgotten=(10**6,)))
+    assert executor.collect().sampled == ()
+
+
 def test_steps_leave_no_memory_behind(serving: Serving) -> None:
     given = prompts([17, 100, 33], seed=7)
     serving.run(given, [20] * 3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from microserve.engine.cuda_inputs import ladder, step_arrays, table_room
+from microserve.engine.cuda_inputs import ladder, lay, step_arrays, table_room
 from microserve.engine.plan import Slice
 
 PAGE = 4
@@ -61,6 +62,16 @@ def test_a_lone_token_of_a_prompt_attends_as_a_decode_and_need_not_be_sampled() 
     assert arrays.decodes == 1
     assert arrays.samples == []
     assert arrays.decode_pages.tolist() == [4]
+
+
+def test_arrays_lie_one_behind_another_at_multiples_of_four() -> None:
+    memory = np.full(16, -1, dtype=np.int32)
+    first, none, second = np.arange(5, dtype=np.int32), np.empty(0, dtype=np.int32), np.array([9], dtype=np.int32)
+    places, end = lay(memory, (first, none, second))
+    assert [memory[place].tolist() for place in places] == [[0, 1, 2, 3, 4], [], [9]]
+    assert (places[2].start, end) == (8, 12)
+    with pytest.raises(ValueError, match="could not broadcast"):
+        lay(memory, (np.zeros(13, dtype=np.int32), first))
 
 
 def test_tables_of_sequences_that_share_their_pages_have_room() -> None:

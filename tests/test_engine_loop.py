@@ -13,6 +13,7 @@ from tests.receiving_rig import KvRig
 from microserve.engine.executor import DeviceLost
 from microserve.engine.loop import StepLoop
 from microserve.engine.request import State
+from microserve.runtime.codec import unpack_tokens
 from microserve.runtime.errors import Busy, InternalError, MicroserveError
 from microserve.runtime.messages import Generated, Tokens
 
@@ -34,6 +35,10 @@ class FailingExecutor:
         self._inner = rig.executor
         self.fail_launch = self.fail_collect = False
         self.closed = 0
+        self.looks = 0
+        """How often somebody asked whether the step has ended."""
+        self.busy_looks = 0
+        """How often it will not have."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -43,6 +48,10 @@ class FailingExecutor:
             self.fail_launch = False
             raise RuntimeError("out of memory")
         self._inner.launch(plan)
+
+    def ended(self) -> bool:
+        self.looks += 1
+        return self.looks > self.busy_looks
 
     def collect(self) -> StepResult:
         result = self._inner.collect()
@@ -215,6 +224,93 @@ def test_the_load_is_a_snapshot() -> None:
     assert (bench.loop.load.running, bench.loop.load.waiting) == (1, 1)
     bench.turns()
     assert (bench.loop.load.running, bench.loop.load.waiting, bench.loop.load.steps) == (0, 0, 6)
+
+
+# --- commands while a long step is waited for ----------------------------------------------------------------------
+
+LONG: dict[str, Any] = {"pages": 600, "step_tokens": 2048, "max_context": 2200}
+
+
+class Interrupted:
+    """Stands in for the wake-up: what is given happens while the loop waits, one thing for each time."""
+
+    def __init__(self, *happens: Callable[[], object]) -> None:
+        self._happens = list(happens)
+        self.waits: list[float | None] = []
+
+    def set(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout)
+        if self._happens:
+            self._happens.pop(0)()
+            return True
+        return False
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_commands_run_while_a_prompt_is_computed(depth: int) -> None:
+    bench = Bench(depth=depth, max_running=1, max_waiting=0, **LONG)
+    prompt, refused = make_request([1] * 1024, max_tokens=3), make_request([2])
+    bench.loop.submit(prompt)
+    seen: list[object] = []
+    event = Interrupted(
+        lambda: bench.loop.ask(lambda: bench.rig.scheduler.in_flight, seen.append),
+        lambda: seen.append(len(bench.delivered)),
+        lambda: bench.loop.submit(refused),
+        lambda: seen.append([type(body) for body in bench.bodies(refused)]),
+    )
+    bench.loop._wake = event  # type: ignore[assignment]
+    bench.executor.busy_looks = 5
+    bench.turns()
+    assert seen == [depth, 0, [Busy]]
+    assert event.waits == [0.0002] * 5
+    assert [
+        token for body in bench.bodies(prompt) if isinstance(body, Tokens) for token in unpack_tokens(body.ids)
+    ] == (bench.rig.expected(prompt, 3))
+    bench.rig.assert_empty()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_prompt_is_given_up_while_it_is_computed(depth: int) -> None:
+    bench = Bench(depth=depth, **LONG)
+    prompt, other = make_request([1] * 1024, max_tokens=3), make_request([2] * 1024, max_tokens=3)
+    bench.loop.submit(prompt)
+    event = Interrupted(lambda: bench.loop.abort(prompt), lambda: bench.loop.submit(other))
+    bench.loop._wake = event  # type: ignore[assignment]
+    bench.executor.busy_looks = 3
+    bench.turns()
+    assert prompt.state is State.ABORTED
+    assert bench.bodies(prompt) == []
+    assert isinstance(bench.end(other), Generated)
+    bench.rig.assert_empty()
+
+
+def test_the_load_is_known_while_a_prompt_is_computed() -> None:
+    bench = Bench(max_running=1, **LONG)
+    bench.loop.submit(make_request([1] * 1024, max_tokens=1))
+    loads: list[int] = []
+
+    def later() -> None:
+        bench.rig.clock.advance(0.06)
+        bench.loop.submit(make_request([2]))
+
+    event = Interrupted(later, lambda: loads.append(bench.loop.load.waiting))
+    bench.loop._wake = event  # type: ignore[assignment]
+    bench.executor.busy_looks = 2
+    bench.turns()
+    assert loads == [1]
+
+
+def test_short_steps_are_waited_for_at_once() -> None:
+    bench = Bench(depth=2, **LONG)
+    request = make_request([1] * 1023, max_tokens=5)
+    bench.loop.submit(request)
+    bench.turns()
+    assert bench.executor.looks == 0
+    assert isinstance(bench.end(request), Generated)
 
 
 # --- waiting -------------------------------------------------------------------------------------------------------

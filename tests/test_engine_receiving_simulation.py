@@ -139,6 +139,8 @@ class World:
         self.commits: list[tuple[KvRig, CommitTicket]] = []
         self.transfers: list[Transfer] = []
         self.seen: Counter[str] = Counter()
+        for rig in self.rigs:
+            rig.meanwhile = self.meanwhile
 
     def other(self, rig: KvRig) -> KvRig:
         return self.rigs[1] if rig is self.rigs[0] else self.rigs[0]
@@ -148,7 +150,15 @@ class World:
         own = [self.rng.randrange(VOCABULARY) for _ in range(self.rng.choice((0, 1, 2, 5, 9, 17)))]
         return shared[: self.rng.randrange(len(shared) + 1)] + own or [1]
 
-    def act(self) -> None:
+    def meanwhile(self) -> None:
+        """As `tick`, while a step of one of them is waited for."""
+        if self.rng.random() < 0.2:
+            self.act(may_lose=False)
+            for transfer in self.transfers:
+                self.seen[transfer.move()] += 1
+            self.rng.choice(self.rigs).turn()
+
+    def act(self, *, may_lose: bool = True) -> None:
         rng, rig = self.rng, self.rng.choice(self.rigs)
         chance = rng.random()
         try:
@@ -168,7 +178,8 @@ class World:
             elif chance < 0.87 and (live := [request for request in rig.seen if not request.final]):
                 self.seen["aborted"] += rig.abort(rng.choice(live))
             elif chance < 0.875:
-                _lose_step(rig)
+                if may_lose:
+                    _lose_step(rig)
             elif chance < 0.88:
                 rig.cache.evict()
         except (Busy, Conflict, ContextLengthExceeded, InvalidRequest, LeaseNotFound) as error:
@@ -243,6 +254,8 @@ class World:
 
     def settle(self) -> None:
         """Everything ends, leases by their terms."""
+        for rig in self.rigs:
+            rig.meanwhile = None
         for transfer in self.transfers:
             transfer.end("the end")
         for _ in range(3):

@@ -51,8 +51,10 @@ def test_every_request_gets_the_models_tokens(seed: int, depth: int) -> None:
     )
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(rng.choice((8, 16, 30)))] for _ in range(3)]
     refused = aborted = 0
-    for _ in range(250):
-        while rng.random() < 0.45:
+
+    def others_ask(more: float) -> None:
+        nonlocal refused, aborted
+        while rng.random() < more:
             request = _random_request(rng, prefixes, rig.clock())
             try:
                 rig.submit(request)
@@ -60,12 +62,17 @@ def test_every_request_gets_the_models_tokens(seed: int, depth: int) -> None:
                 refused += 1
         if rng.random() < 0.06 and rig.seen:
             aborted += rig.abort(rng.choice(list(rig.seen)))
+
+    rig.meanwhile = lambda: others_ask(0.1)
+    for _ in range(250):
+        others_ask(0.4)
         if rng.random() < 0.02 and rig.launched:
             _lose_newest_step(rig)
         if rng.random() < 0.01:
             _refuse_launch(rig)
         rig.step()
         rig.clock.advance(1.0)
+    rig.meanwhile = None
     rig.run()
 
     rig.assert_empty()
