@@ -116,7 +116,7 @@ WORKLOADS = (
         (
             Case("data parallel", "data_parallel"),
             Case("prefill-decode", "prefill_decode", prefill=0.5),
-            Case("prefill-decode, first token early", "prefill_decode", {"early_first": 8192}, prefill=0.5),
+            Case("prefill-decode, first token late", "prefill_decode", {"early_first": 0}, prefill=0.5),
             Case("balanced 0.1", "balanced", {"ratio": 0.1}, prefill=0.5),
             Case("balanced 0.2", "balanced", {"ratio": 0.2}, prefill=0.5),
             Case("balanced 0.37", "balanced", {"ratio": 0.37}, prefill=0.5),

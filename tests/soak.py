@@ -38,7 +38,7 @@ MIX: tuple[tuple[str, dict[str, Any]], ...] = (
     ("data_parallel", {}),
     ("cache_aware", {}),
     ("prefill_decode", {}),
-    ("prefill_decode", {"early_first": 8192}),
+    ("prefill_decode", {"early_first": 0}),
     ("balanced", {"ratio": 0.37}),
     ("context_migration", {"min_tokens": 16}),
 )

@@ -42,7 +42,7 @@ def scrapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             cluster.add_engine(name, "--metrics-port", str(port), wait=False)
         cluster.wait_ready(2)
         client = cluster.client()
-        client.set_strategy("prefill_decode", {"min_remote": 1})
+        client.set_strategy("prefill_decode", {"min_remote": 1, "early_first": 0})
         client.generate(list(range(200)), max_tokens=4, ignore_eos=True)
         for wrong in ({"model": "nobody"}, {"model": ""}):
             with contextlib.suppress(MicroserveError):

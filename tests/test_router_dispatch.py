@@ -368,7 +368,7 @@ def test_an_engine_that_ends_by_itself_is_not_asked_again() -> None:
 
 def test_what_senders_computed_is_not_cached_after_a_loss() -> None:
     async def main() -> None:
-        async with World(prefill_decode.configure({"min_remote": 1})) as world:
+        async with World(prefill_decode.configure({"min_remote": 1, "early_first": 0})) as world:
             d, p = await world.add("d", labels={"decode": "yes"}), await world.add("p", labels={"prefill": "yes"})
             d.grant_always()
             p.grant_always()

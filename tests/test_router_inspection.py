@@ -88,7 +88,7 @@ def test_a_request_is_seen_with_its_sub_requests_while_it_runs_and_after() -> No
         )
         assert receiver.last(PrepRecv).done
 
-    with_client(work, prefill_decode.configure())
+    with_client(work, prefill_decode.configure({"early_first": 0}))
 
 
 def test_the_line_of_a_request_that_failed_names_engines_with_their_epochs(

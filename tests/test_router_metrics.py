@@ -203,7 +203,7 @@ def test_shares_events_and_the_wait_for_a_place() -> None:
 
 def test_sub_requests_are_counted_by_verb_and_outcome() -> None:
     async def main() -> None:
-        async with World(prefill_decode.configure({"min_remote": 0})) as world:
+        async with World(prefill_decode.configure({"min_remote": 0, "early_first": 0})) as world:
             d = await world.add("d", labels={"decode": "yes"})
             p = await world.add("p", labels={"prefill": "yes"})
             d.grant_always(matched=16)

@@ -104,7 +104,7 @@ def test_the_first_token_comes_from_the_engine_that_prefills_and_kv_moves_behind
         world.engines["d"].matched = 80
         assert (await serve(world))[1:] == ["p remote_send d 80 89", "d start_generate 89 lease=403"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=0, early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=0)
 
 
 def test_who_wants_one_token_needs_no_second_engine() -> None:
@@ -116,7 +116,7 @@ def test_who_wants_one_token_needs_no_second_engine() -> None:
         await world.settle()
         assert world.log == ["d prep_recv end=-1", "p start_generate 0", "d release lease=401"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
@@ -128,7 +128,7 @@ def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
         assert chunks[-1].finish is not None
         assert chunks[-1].finish.usage.cached_tokens == 0
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_the_engine_that_prefilled_dies_behind_the_first_token() -> None:
@@ -138,7 +138,7 @@ def test_the_engine_that_prefilled_dies_behind_the_first_token() -> None:
         log = await serve(world)
         assert log[3:] == ["d start_generate 80 lease=401 after=1", "d forgo lease=401 0 80"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 @pytest.mark.parametrize("error", [Busy("full"), InternalError("broken"), PeerLost("dead"), InvalidRequest("what?")])
@@ -147,7 +147,7 @@ def test_who_decodes_does_without_an_engine_that_says_no_first_token(error: Micr
         world.engines["p"].answers[StartGenerate] = lambda call: call.fail(error)
         assert (await serve(world))[1:] == ["p start_generate 0", "d start_generate 0 lease=401"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_the_engine_that_prefills_dies_between_its_token_and_its_answer() -> None:
@@ -162,7 +162,7 @@ def test_the_engine_that_prefills_dies_between_its_token_and_its_answer() -> Non
         p.answers[StartGenerate] = die
         assert (await serve(world))[1:] == ["p start_generate 0", "d start_generate 0 lease=401 after=1"]
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None:
@@ -171,7 +171,7 @@ def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None
         assert world.engines["p"].started(0).admit_by == 5.0
         assert world.engines["d"].started().admit_by is None
 
-    run("prefill_decode", check, "d-decode", "p-prefill", early_first=90)
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_kv_of_long_prompts_moves_while_it_is_computed() -> None:
@@ -188,7 +188,7 @@ def test_prefill_and_decode_on_two_engines() -> None:
         expected = ["d prep_recv end=-1", "p remote_send d 0 89", "d start_generate 89 lease=401"]
         assert await serve(world) == expected
 
-    run("prefill_decode", check, "d-decode", "p-prefill")
+    run("prefill_decode", check, "d-decode", "p-prefill", early_first=0)
 
 
 def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
@@ -204,7 +204,7 @@ def test_what_is_cached_where_it_is_decoded_is_not_sent() -> None:
         assert (await serve(world, PROMPT[:80]))[1:] == ["d start_generate 79 lease=407"]
         assert len(world.engines["p"].calls) == 1
 
-    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64)
+    run("prefill_decode", check, "d-decode", "p-prefill", min_remote=64, early_first=0)
 
 
 def test_without_regard_to_caches_every_prompt_is_sent() -> None:
@@ -223,7 +223,7 @@ def test_several_engines_of_each_kind_take_turns() -> None:
         calls = {name: len(engine.calls) for name, engine in world.engines.items()}
         assert calls == {"a": 8, "b": 8, "c": 8, "x": 6, "y": 6}
 
-    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill")
+    run("prefill_decode", check, "a-decode", "b-decode", "c-decode", "x-prefill", "y-prefill", early_first=0)
 
 
 def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
@@ -235,7 +235,7 @@ def test_a_conversation_is_decoded_where_its_prefix_is() -> None:
         assert log[0] == f"{first} prep_recv end=-1"
         assert log[1].split()[1:] == ["remote_send", first, "80", "189"]
 
-    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill")
+    run("prefill_decode", check, "a-decode", "b-decode", "x-prefill", "y-prefill", early_first=0)
 
 
 @pytest.mark.parametrize(("name", "end"), [("prefill_decode", -1), ("balanced", 64)])
@@ -248,13 +248,16 @@ def test_one_engine_alone_serves_disaggregated_requests_and_sends_itself_nothing
     run(name, check, "a")
 
 
-@pytest.mark.parametrize("name", ["prefill_decode", "balanced"])
-def test_another_engine_prefills_though_the_one_that_decodes_carries_the_label_too(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "end"), [("prefill_decode", {"early_first": 0}, 89), ("balanced", {}, 64)]
+)
+def test_another_engine_prefills_though_the_one_that_decodes_carries_the_label_too(
+    name: str, settings: dict[str, int], end: int
+) -> None:
     async def check(world: World) -> None:
-        end = 89 if name == "prefill_decode" else 64
         assert (await serve(world))[1:] == [f"q remote_send d 0 {end}", f"d start_generate {end} lease=401"]
 
-    run(name, check, "d-decode-prefill", "q")
+    run(name, check, "d-decode-prefill", "q", **settings)
 
 
 # --- balanced --------------------------------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ async def prefill_decode(
     *,
     cache_aware: bool = True,
     min_remote: Annotated[int, Between(0)] = 64,
-    early_first: Annotated[int, Between(0)] = 0,
+    early_first: Annotated[int, Between(0)] = 8192,
 ) -> AsyncIterator[Chunk]:
     """One engine prefills and another decodes, which does without the first when it lacks less than `min_remote`.
 
-    KV moves while it is computed, and the engine that decodes says the first token. But of prompts that lack at most
-    `early_first` tokens, the engine that prefills says it, and KV moves behind it.
+    Where at most `early_first` tokens are missing, the engine that prefills says the first token, and KV moves behind
+    it. KV of longer prompts moves while it is computed, and the engine that decodes says the first token.
     """
     decode = fleet.pick("decode", prefix=cache_aware)
     kv = await decode.prep_recv(end=-1)
