@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -85,6 +86,18 @@ def _nothing_left_behind(_tracked: _Tracked) -> Iterator[None]:
         left += [f"task {task}" for task in _tasks(loop)]
     if left:
         pytest.fail("the test left behind: " + "; ".join(left))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A daemon's `main` sets up logging, also where a test calls it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:  # those of pytest are of other classes
+            root.removeHandler(handler)
 
 
 def _children() -> set[int]:

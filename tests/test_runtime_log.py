@@ -15,17 +15,12 @@ from microserve.runtime.clock import ManualClock
 from microserve.runtime.log import get_logger, setup_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
 @pytest.fixture
-def stream() -> Iterator[io.StringIO]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield io.StringIO()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def stream() -> io.StringIO:
+    return io.StringIO()
 
 
 def test_a_line_has_time_level_process_event_and_facts(stream: io.StringIO) -> None:
@@ -165,8 +160,6 @@ def test_a_long_fact_is_cut(stream: io.StringIO, as_json: bool) -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_in_the_journal_a_line_begins_with_its_priority(as_json: bool, tmp_path: Path) -> None:
     log = get_logger("x")
-    root = logging.getLogger()
-    handlers, before = list(root.handlers), root.level
     with (tmp_path / "journal").open("w+") as journal:
         status = os.fstat(journal.fileno())
         named = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
@@ -180,8 +173,6 @@ def test_in_the_journal_a_line_begins_with_its_priority(as_json: bool, tmp_path:
             log.exception("failed")
         setup_logging("debug", as_json, "p", stream=journal, environ={"JOURNAL_STREAM": "1:1"})
         log.info("not the journal")
-        root.handlers[:] = handlers
-        root.setLevel(before)
         journal.seek(0)
         *lines, last = journal.read().splitlines()
     assert [line[:3] for line in lines[:4]] == ["<7>", "<6>", "<4>", "<3>"]
