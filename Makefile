@@ -37,7 +37,7 @@ check: install
 
 bench: install
 	@mkdir -p perf/out
-	@set -e; for subject in prefix_tree scheduler bus transfer subrequests router cpu_engine serving strategies metrics top; do \
+	@set -e; for subject in prefix_tree scheduler bus transfer subrequests first_token router cpu_engine serving strategies metrics top; do \
 	  echo "== $$subject"; $(BIN)/python -m perf.$$subject --json perf/out/$$subject.json; done
 
 clean:

@@ -253,7 +253,7 @@ class EngineCore:
             self.receiving.arrived(each.epoch, each.lease, each.claim, each.first_page, each.count, now)
 
     def statistics(self, *, deep: bool = True) -> StatsReply:
-        """Runs in the step thread, at a step boundary."""
+        """Runs in the step thread."""
         values = self.scheduler.statistics() | self.receiving.statistics()
         values |= {f"cache_{name}": float(value) for name, value in asdict(self.cache.statistics()).items()}
         since = self.receiving.leases.quarantined_since()

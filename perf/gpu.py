@@ -54,6 +54,7 @@ STEPS = (
     Step("serving", ("perf.serving", *_SERVED, "--rates", "4,16", "--requests", "120", "--repeat", "1"), 180),
     Step("transfer", ("perf.transfer", "--device", "cuda:0", "--peer-device", "cuda:1", "--mib", "384"), 120, gpus=2),
     Step("disaggregation", ("perf.disaggregation",), 240, gpus=2),
+    Step("first_token", ("perf.first_token", "--devices", "cuda:0,cuda:1"), 180, gpus=2),
 )
 
 
