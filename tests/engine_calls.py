@@ -147,8 +147,11 @@ class EngineCalls:
     async def until_whole(self, limit: float = 20.0) -> None:
         """Until every page is free or cached and nothing runs; then the books are checked."""
         await self.until(lambda info: is_whole(info.load), limit)
-        stats = await self.stats()
-        assert stats["cache_locks"] == 0, (self.name, stats)
+        # Its load is as of a moment ago; its books may be asked for while a step is under way.
+        async with asyncio.timeout(limit):
+            while (stats := await self.stats())["scheduler_live"]:
+                pass
+        assert (stats["cache_locks"], stats["cache_owned"]) == (0, 0), (self.name, stats)
 
     async def until_met(self, *names: str) -> None:
         """Until it can send to each of those."""
