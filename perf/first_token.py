@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _PREFILLS, _DECODES = "p", "d"
 _SETTINGS = {
-    "from the engine that prefills": {"min_remote": 1},
+    "from the engine that prefills": {"min_remote": 1, "early_first": 8192},
     "from the engine that decodes": {"min_remote": 1, "early_first": 0},
 }
 _STEP_TOKENS = 8192
