@@ -191,6 +191,10 @@ class CudaExecutor:
             # Not before: after a launch that failed, the other half is still the older step's.
             self._parity ^= 1
 
+    def launch_waits(self) -> bool:
+        """Whether the CPU has tokens to draw, as soon as a step has ended."""
+        return any(flight.host_rows and flight.drawn is None for flight in self._flights)
+
     def ended(self) -> bool:
         """Whether the oldest launched step has ended."""
         try:

@@ -115,6 +115,8 @@ def lay(memory: npt.NDArray[Any], arrays: Sequence[npt.NDArray[Any]]) -> tuple[l
     at, places = 0, []
     for array in arrays:
         place = slice(at, at + len(array))
+        if place.stop > len(memory):
+            raise ValueError(f"{place.stop} places are needed, and there are {len(memory)}")
         memory[place] = array
         places.append(place)
         at += -(-len(array) // 4) * 4

@@ -1,7 +1,7 @@
 """The step thread: commands in, steps through the executor, one list of outputs a step out.
 
-    drain the inbox → sweep leases and pins → schedule → launch step n → collect step n - 1 (depth 2) or n (depth 1)
-    → hand the outputs over
+    drain the inbox → sweep leases and pins → hand their outputs over → schedule → launch step n → collect step n - 1
+    (depth 2) or n (depth 1) → hand its outputs over
 
 Everything behind the inbox belongs to this thread: scheduler, cache, leases, executor. It waits when there is nothing
 to do, for a command or the nearest deadline, and for steps: a prompt's takes as long as tens of decodes, and commands
@@ -39,10 +39,10 @@ T = TypeVar("T")
 
 _SNAPSHOT_INTERVAL = 0.05
 """Seconds that a load snapshot may be old while steps run."""
-_LONG = 1024
-"""Prompt tokens of a step that is worth looking up from: some 25 ms of an 8B model on a GPU."""
-_LOOK = 0.0002
-"""Seconds between looks at whether such a step has ended: that much later is it collected, at most."""
+_LONG = 256
+"""Prompt tokens of a step that is worth looking up from: some 10 ms of an 8B model on a GPU."""
+_LOOK = 0.0001
+"""Seconds between looks at whether such a step has ended."""
 _RETRY_WAIT = 0.05
 """Seconds between attempts while requests wait for pages that no step here will free (pinned or leased ones)."""
 
@@ -51,7 +51,7 @@ class StepLoop:
     """Runs a scheduler against an executor.
 
     Through `post` (`loop.call_soon_threadsafe`), on the other thread: `deliver` is given the outputs of a step, once
-    for each step that has any; `crashed` the exception that ended the loop, if one does, once.
+    for each step that has any, and those of commands; `crashed` the exception that ended the loop, if one does, once.
     """
 
     def __init__(
@@ -132,13 +132,13 @@ class StepLoop:
 
     def turn(self) -> bool:
         """One round: commands, at most one step launched and one collected, outputs. Whether there was a step."""
-        self._obey()
+        self.attend()
         stepped = self._step()
         self._tell(idle=not stepped)
         return stepped
 
     def attend(self) -> None:
-        """Commands and their outputs, with steps in flight."""
+        """Commands, and at once what they have to tell."""
         self._obey()
         self._tell()
 
@@ -171,7 +171,9 @@ class StepLoop:
     def _step(self) -> bool:
         scheduler = self._scheduler
         began = self._clock()
-        plan = scheduler.schedule(began)
+        if self._executor.launch_waits():
+            self._watch()
+        plan = scheduler.schedule(self._clock())
         if plan is not None:
             try:
                 self._executor.launch(plan)
@@ -183,9 +185,7 @@ class StepLoop:
                 self._launched.append((plan.step, plan.prompt_tokens))
                 self._metrics.step(len(plan.slices), plan.prompt_tokens)
         if self._launched and (plan is None or len(self._launched) >= self._depth):
-            while self.attentive and not self._executor.ended():
-                if self._wake.wait(_LOOK):
-                    self.attend()
+            self._watch()
             step, _ = self._launched.popleft()
             try:
                 result = self._executor.collect()
@@ -199,6 +199,12 @@ class StepLoop:
                 self._metrics.step_ended(ended - began)
             return True
         return plan is not None
+
+    def _watch(self) -> None:
+        """Commands, until the step that is to be collected next has ended, where that is a long one."""
+        while self.attentive and not self._executor.ended():
+            if self._wake.wait(_LOOK):
+                self.attend()
 
     def _failed(self, step: int, error: Exception) -> None:
         self._log.exception("step failed", every=1.0, step=step, error=repr(error))

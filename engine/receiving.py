@@ -172,7 +172,7 @@ class Receiving:
         shared = min(max(begin, lease.matched), len(lease.tokens), request.known)
         if begin > shared or not np.array_equal(request.history[:shared], lease.tokens[:shared]):
             raise InvalidRequest("the prompt is not the one that the lease was prepared for", param="prompt")
-        self._scheduler.check_prompt(request.known)
+        self._scheduler.check_prompt(request.prompt_length)
         self.leases.attach(lease_id, request, now)
         request.kv = _Kv(self, lease, begin)
         request.cached = min(lease.matched, request.prompt_length)
@@ -209,7 +209,8 @@ class Receiving:
         elif who is not None and isinstance(kv := who.kv, _Kv):
             if kv.begin <= lease.received:
                 self._go_on(who, lease, kv)
-            elif over or not lease.waiting:
+            elif over or not lease.waiting_below(kv.begin):
+                # What lies behind `begin` may be awaited for ever: nobody need have been asked to send it.
                 self._recompute(who, lease, kv)
 
     def _go_on(self, request: Request, lease: Lease, kv: _Kv) -> None:

@@ -109,7 +109,10 @@ class Scheduler:
         return not self._roster.live and not self._flights
 
     def check_prompt(self, length: int) -> None:
-        """Raises `ContextLengthExceeded` when a prompt of `length` tokens can never be served. Safe from any thread."""
+        """Raises `ContextLengthExceeded` when a prompt of `length` tokens can never be served. Safe from any thread.
+
+        Output that was generated elsewhere is no part of it: whoever has all that fits ends with "length".
+        """
         if length + 1 > self.max_context:
             raise ContextLengthExceeded(
                 f"the prompt has {length} tokens; at most {self.max_context - 1} fit beside one token of output",
@@ -122,7 +125,7 @@ class Scheduler:
 
     def submit(self, request: Request, now: float) -> None:
         """Takes a new request. Raises `ContextLengthExceeded` or `Busy`, which change nothing."""
-        self.check_prompt(request.known)
+        self.check_prompt(request.prompt_length)
         if len(self._roster.waiting) >= self.limits.max_waiting + max(0, self._admission.places()):
             raise Busy(f"{self._roster.waiting.new} requests wait already", retry_after=self.retry_after())
         if self._enter(request, now):
@@ -150,7 +153,7 @@ class Scheduler:
 
         Raises `ContextLengthExceeded`, which changes nothing.
         """
-        self.check_prompt(request.known)
+        self.check_prompt(request.prompt_length)
         request.admit_by = None  # its pages are there: it is admitted as soon as its KV is
         if self._enter(request, now):
             request.move(State.RECEIVING)

@@ -36,8 +36,8 @@ class SendRequests:
         cache, known = self._holdings.cache, request.known
         lock = cache.acquire(request.history[:known])
         needed = -(-known // self._page_size) - len(lock.pages)
-        # As for an admission: every running request may need a page soon.
-        room = not short and cache.available() >= needed + self._roster.running
+        # As for an admission: every running request may need a page soon. What is cached takes none.
+        room = not needed or (not short and cache.available() >= needed + self._roster.running)
         pages = cache.allocate(needed) if room else None
         if pages is None:
             cache.release(lock)

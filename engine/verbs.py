@@ -246,7 +246,7 @@ class EngineVerbs:
         if body.lease is None:
             self._refuse_draining()
         prompt = check_generate(body, self._model)
-        self._check_prompt(len(prompt))
+        self._check_prompt(len(prompt) - body.prior_output)
         begin = check_position(body.begin, len(prompt), "begin")
         sampling = body.sampling
         now = self._clock()
@@ -291,7 +291,7 @@ class EngineVerbs:
             return self._book.abort(sub_id, error)
         call = self._live[request]
         self._forget(request, error)
-        # Answered now; the step thread takes note when its step is over.
+        # Answered now; the step thread takes note in its next moment.
         call.fail(error)
         call.on_cancel = None
         self._steps.abort(request)

@@ -108,6 +108,10 @@ class Lease:
         """Whether something is missing that may still come."""
         return bool(self.awaited.any())
 
+    def waiting_below(self, position: int) -> bool:
+        """Whether something below `position` is missing that may still come."""
+        return bool(self.awaited[: -(-max(0, position - self.matched) // self._page_size)].any())
+
     def unsafe(self, first: int = 0, last: int | None = None) -> PageArray:
         """Pages, of `[first, last)` or of all, that a sender may write at any moment: claimed, and not arrived."""
         last = len(self.pages) if last is None else last

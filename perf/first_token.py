@@ -1,9 +1,9 @@
-"""The first two tokens of disaggregated requests, through a router: engines at rest, and one that prefills for others.
+"""The first two tokens of disaggregated requests, through a router: engines at rest, and engines that serve others.
 
 Two engine processes, one that prefills and one that decodes, and the transport that engines use. A client on the bus
 sees the first token of a prompt that nobody has cached, and the second: by who says the first one, and against a
-local prefill in the same run. Then the same while the engine that prefills has long prompts to compute, one after the
-other: whatever waits for their steps shows there.
+local prefill in the same run. Then the same while the engine that decodes does so for others, and while the engine that
+prefills has long prompts to compute, one after the other: whatever waits for their steps shows there.
 
     python -m perf.first_token                               # steps that take as long as an 8B's on an H200
     python -m perf.first_token --devices cuda:0,cuda:1       # an 8B on two GPUs, with dummy weights
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--devices", help="of the two engines: cuda:0,cuda:1 (default: steps of modelled length)")
     parser.add_argument("--tokens", type=int, default=3000, help="prompt length (default: %(default)s)")
     parser.add_argument("--busy", type=int, default=8000, help="length of the others' prompts (default: %(default)s)")
+    parser.add_argument("--decodes", type=int, default=16, help="others for whom one decodes (default: %(default)s)")
     args = bench.arguments(parser, repeat=15, warmup=3)
     with tempfile.TemporaryDirectory() as folder, _cluster(args, Path(folder)) as cluster:
         asyncio.run(_measure(bench, args, cluster))
@@ -80,10 +82,12 @@ async def _measure(bench: Benchmark, args: argparse.Namespace, cluster: Cluster)
         local = [await _local(client, next(prompts)[: args.tokens]) for _ in range(args.warmup + args.repeat)]
         alone = Sample(tuple(local[args.warmup :]))
         bench.row("local prefill: first token", alone, unit="ms", scale=1e3)
-        for state in ("at rest", "busy"):
+        prefilling = _Load(_PREFILLS, 2, args.busy, 1)
+        for load in (None, _Load(_DECODES, args.decodes, 100, 2000), prefilling):
+            state = "at rest" if load is None else "prefilling" if load is prefilling else "decoding"
             for name, settings in _SETTINGS.items():
                 await client.set_strategy("prefill_decode", settings=settings)
-                async with _others(client, args.busy if state == "busy" else 0):
+                async with _others(client, load):
                     seen = [await _two(client, next(prompts)[: args.tokens]) for _ in range(args.warmup + args.repeat)]
                 first, second = (Sample(tuple(each)) for each in zip(*seen[args.warmup :], strict=True))
                 note = f"{first.median / alone.median:.3f}x local" if state == "at rest" else ""
@@ -125,18 +129,27 @@ async def _two(client: AsyncClient, prompt: list[int]) -> tuple[float, float]:
     return stamps[0] - began, stamps[1] - stamps[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """So many others at an engine, each with one request after the other."""
+
+    engine: str
+    others: int
+    prompt: int
+    output: int
+
+
 @contextlib.asynccontextmanager
-async def _others(client: AsyncClient, tokens: int) -> AsyncIterator[None]:
-    """Keeps the engine that prefills busy with prompts of so many `tokens`: there is always another one in line."""
+async def _others(client: AsyncClient, load: _Load | None) -> AsyncIterator[None]:
     random = np.random.default_rng(2)
 
-    async def ask() -> None:
-        while tokens:
-            prompt = random.integers(3, 30_000, tokens).tolist()
-            await client.engine(_PREFILLS).generate(prompt, max_tokens=1, temperature=0, ignore_eos=True)
+    async def ask(load: _Load) -> None:
+        while True:
+            prompt = random.integers(3, 30_000, load.prompt).tolist()
+            await client.engine(load.engine).generate(prompt, max_tokens=load.output, temperature=0, ignore_eos=True)
 
-    asking = [asyncio.ensure_future(ask()) for _ in range(2)]
-    await asyncio.sleep(1.0 if tokens else 0.0)
+    asking = [] if load is None else [asyncio.ensure_future(ask(load)) for _ in range(load.others)]
+    await asyncio.sleep(1.0 if asking else 0.0)
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ class FailingExecutor:
         """How often somebody asked whether the step has ended."""
         self.busy_looks = 0
         """How often it will not have."""
+        self.launches_wait = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -48,6 +49,9 @@ class FailingExecutor:
             self.fail_launch = False
             raise RuntimeError("out of memory")
         self._inner.launch(plan)
+
+    def launch_waits(self) -> bool:
+        return self.launches_wait
 
     def ended(self) -> bool:
         self.looks += 1
@@ -228,7 +232,7 @@ def test_the_load_is_a_snapshot() -> None:
 
 # --- commands while a long step is waited for ----------------------------------------------------------------------
 
-LONG: dict[str, Any] = {"pages": 600, "step_tokens": 2048, "max_context": 2200}
+LONG: dict[str, Any] = {"pages": 150, "step_tokens": 512, "max_context": 600}
 
 
 class Interrupted:
@@ -253,7 +257,7 @@ class Interrupted:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_commands_run_while_a_prompt_is_computed(depth: int) -> None:
     bench = Bench(depth=depth, max_running=1, max_waiting=0, **LONG)
-    prompt, refused = make_request([1] * 1024, max_tokens=3), make_request([2])
+    prompt, refused = make_request([1] * 256, max_tokens=3), make_request([2])
     bench.loop.submit(prompt)
     seen: list[object] = []
     event = Interrupted(
@@ -266,17 +270,33 @@ def test_commands_run_while_a_prompt_is_computed(depth: int) -> None:
     bench.executor.busy_looks = 5
     bench.turns()
     assert seen == [depth, 0, [Busy]]
-    assert event.waits == [0.0002] * 5
+    assert event.waits == [0.0001] * 5
     assert [
         token for body in bench.bodies(prompt) if isinstance(body, Tokens) for token in unpack_tokens(body.ids)
     ] == (bench.rig.expected(prompt, 3))
     bench.rig.assert_empty()
 
 
+def test_commands_run_before_a_launch_that_would_wait() -> None:
+    bench = Bench(depth=2, **LONG)
+    bench.loop.submit(make_request([1] * 256, max_tokens=3))
+    bench.loop.turn()
+    bench.executor.launches_wait = True
+    bench.executor.busy_looks = 1
+    seen: list[int] = []
+    bench.loop._wake = Interrupted(  # type: ignore[assignment]
+        lambda: bench.loop.ask(lambda: bench.rig.scheduler.in_flight, seen.append)
+    )
+    bench.loop.turn()
+    assert seen == [1], "the next one is neither scheduled nor launched"
+    bench.turns()
+    bench.rig.assert_empty()
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_prompt_is_given_up_while_it_is_computed(depth: int) -> None:
     bench = Bench(depth=depth, **LONG)
-    prompt, other = make_request([1] * 1024, max_tokens=3), make_request([2] * 1024, max_tokens=3)
+    prompt, other = make_request([1] * 256, max_tokens=3), make_request([2] * 256, max_tokens=3)
     bench.loop.submit(prompt)
     event = Interrupted(lambda: bench.loop.abort(prompt), lambda: bench.loop.submit(other))
     bench.loop._wake = event  # type: ignore[assignment]
@@ -290,7 +310,7 @@ def test_a_prompt_is_given_up_while_it_is_computed(depth: int) -> None:
 
 def test_the_load_is_known_while_a_prompt_is_computed() -> None:
     bench = Bench(max_running=1, **LONG)
-    bench.loop.submit(make_request([1] * 1024, max_tokens=1))
+    bench.loop.submit(make_request([1] * 256, max_tokens=1))
     loads: list[int] = []
 
     def later() -> None:
@@ -306,7 +326,7 @@ def test_the_load_is_known_while_a_prompt_is_computed() -> None:
 
 def test_short_steps_are_waited_for_at_once() -> None:
     bench = Bench(depth=2, **LONG)
-    request = make_request([1] * 1023, max_tokens=5)
+    request = make_request([1] * 255, max_tokens=5)
     bench.loop.submit(request)
     bench.turns()
     assert bench.executor.looks == 0

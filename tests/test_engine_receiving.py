@@ -183,6 +183,27 @@ def test_what_does_not_come_is_computed_here(pair: tuple[KvRig, KvRig], how: str
     receiver.assert_empty()
 
 
+@pytest.mark.parametrize("how", ["fails", "forgone", "dies"])
+def test_what_lies_behind_begin_is_not_waited_for(pair: tuple[KvRig, KvRig], how: str) -> None:
+    """The lease awaits a part of a page that nobody was asked to send, as behind an early first token."""
+    _, receiver = pair
+    lease = receiver.lease(PROMPT, 13)
+    request = receiver.generate(PROMPT, lease, 12)
+    claim = receiver.claim(lease, 0, 12)
+    assert not receiver.step()
+    if how == "fails":
+        receiver.end_claim(claim, "torn")
+    elif how == "dies":
+        receiver.receiving.sender_dead("a", 1, receiver.clock())
+    else:
+        receiver.end_claim(claim, "torn")
+        receiver.receiving.forgo(lease.id, 0, 12, receiver.clock())
+    receiver.run()
+    assert receiver.seen[request].tokens == receiver.expected(request, 5)
+    assert receiver.generated(request).recomputed_tokens == 12
+    receiver.assert_empty()
+
+
 def test_pages_in_quarantine_come_back_by_proof_and_never_by_time(pair: tuple[KvRig, KvRig]) -> None:
     _, receiver = pair
     lease = receiver.lease(PROMPT, 13)

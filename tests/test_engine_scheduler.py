@@ -184,6 +184,16 @@ def test_a_replay_that_has_all_its_tokens_ends_at_once() -> None:
     rig.assert_empty()
 
 
+def test_a_replay_that_has_all_that_fits_ends_at_once() -> None:
+    rig = Rig(pages=4)
+    prompt = list(range(16))
+    with pytest.raises(ContextLengthExceeded):
+        rig.submit(make_request([*prompt, 1]))
+    request = rig.submit(make_request([*prompt, 1], max_tokens=5, prior_output=1))
+    assert rig.generated(request).finish_reason == "length"
+    rig.assert_empty()
+
+
 # --- the prefix cache ----------------------------------------------------------------------------------------------
 
 

@@ -127,8 +127,11 @@ def test_a_send_leaves_a_page_for_each_running_request() -> None:
     rig.assert_empty()
 
 
-def test_no_send_begins_while_a_request_in_line_is_short_of_pages() -> None:
+def test_no_send_begins_while_a_request_in_line_is_short_of_pages_but_for_one_that_needs_none() -> None:
     rig = KvRig(pages=16, share=1.0)
+    cached = rig.submit(make_request([5] * 2 * PAGE, max_tokens=1))
+    rig.run()
+    assert rig.generated(cached)
     running = rig.submit(make_request([1, 2, 3], max_tokens=9, ignore_eos=True))
     rig.step()
     held = rig.lease([30] * 11 * PAGE)
@@ -137,6 +140,10 @@ def test_no_send_begins_while_a_request_in_line_is_short_of_pages() -> None:
     assert (rig.scheduler.short, rig.scheduler.running, rig.cache.available()) == (True, 1, 4)
     with pytest.raises(Busy, match="1 pages"):
         rig.send([7])
+    free = rig.send([5] * 2 * PAGE)
+    assert len(rig.sent_pages(free)) == 2
+    assert rig.cache.available() == 2, "what is sent is not evicted"
+    rig.finish(free)
     rig.receiving.release(held.id, rig.clock())
     rig.run()
     assert rig.seen[running].tokens == rig.expected(running, 9)

@@ -15,7 +15,7 @@ from microserve.router.core import GenerationSpec
 from microserve.router.strategies.catalog import BUILT_IN, load_catalog
 from microserve.runtime.async_engine import AsyncEngine, migrate
 from microserve.runtime.config import FakeConfig
-from microserve.runtime.errors import NotFound
+from microserve.runtime.errors import Busy, Draining, MicroserveError, NotFound
 from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
@@ -195,6 +195,28 @@ def test_a_context_moves_ahead_of_its_next_turn() -> None:
             assert asked(second) == ["d start_generate"]
             assert second.finish is not None
             assert second.finish.usage.cached_tokens == 496
+            await world.settle_whole()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("error", [Busy("no room"), Draining("the engine ends")])
+@pytest.mark.parametrize("length", [1000, 1008, 1009])
+def test_a_send_that_fails_behind_the_first_token_costs_no_wait(length: int, error: MicroserveError) -> None:
+    """Whatever the prompt's length: what the lease awaits behind the pages that are sent comes from nobody."""
+
+    async def main() -> None:
+        async with deployment(ALL["prefill_decode"]) as world:
+
+            def refuse(*_: object) -> None:
+                raise error
+
+            for name in "pq":
+                world.engines[name].core.scheduler.submit_send = refuse  # type: ignore[method-assign, assignment]
+            began = world.clock()
+            generation = await answer(world, prompt_of(length))
+            assert [each.outcome for each in generation.sub_requests if each.verb == "remote_send"] == [error.code]
+            assert world.clock() - began < 0.2, "twice the prompt's own time, and six tokens"
             await world.settle_whole()
 
     run_virtual(main())
