@@ -176,11 +176,48 @@ def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None
 
 def test_kv_of_long_prompts_moves_while_it_is_computed() -> None:
     async def check(world: World) -> None:
-        assert (await serve(world))[1] == "p remote_send d 0 89"
         world.engines["d"].matched = 32
+        assert (await serve(world, PROMPT[:40]))[1] == "p start_generate 0"
         assert (await serve(world))[1] == "p start_generate 0"
+        assert (await serve(world, [*PROMPT, *PROMPT]))[1] == "p remote_send d 32 179"
 
     run("prefill_decode", check, "d-decode", "p-prefill", early_first=60, min_remote=0)
+
+
+def test_kv_that_the_router_does_not_know_of_is_not_sent_behind_the_first_token() -> None:
+    async def check(world: World) -> None:
+        world.engines["d"].matched = 80
+        assert await serve(world) == [
+            "d prep_recv end=-1",
+            "p start_generate 0",
+            "d start_generate 80 lease=401 after=1",
+        ]
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_kv_that_the_router_believes_to_be_there_is_sent_where_it_is_not() -> None:
+    async def check(world: World) -> None:
+        await serve(world)
+        world.engines["d"].matched = 0
+        assert (await serve(world))[1:] == ["p remote_send d 0 89", "d start_generate 89 lease=403"]
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_nothing_is_said_before_there_is_room_where_it_goes_on() -> None:
+    """So the program can run again, elsewhere, as if nothing had happened."""
+
+    async def check(world: World) -> None:
+        world.engines["d"].answers[PrepRecv] = lambda call: call.fail(Busy("full"))
+        assert await serve(world) == [
+            "d prep_recv end=-1",
+            "p start_generate 0",
+            "p prep_recv end=-1",
+            "p start_generate 0 lease=1602",
+        ]
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
 
 
 def test_prefill_and_decode_on_two_engines() -> None:
@@ -213,7 +250,7 @@ def test_without_regard_to_caches_every_prompt_is_sent() -> None:
         assert (await serve(world))[1] == "p remote_send d 80 89"
         assert (await serve(world, [1]))[1] == "d start_generate 0 lease=403"
 
-    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False)
+    run("prefill_decode", check, "d-decode", "p-prefill", cache_aware=False, early_first=0)
 
 
 def test_several_engines_of_each_kind_take_turns() -> None:

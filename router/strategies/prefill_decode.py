@@ -32,26 +32,32 @@ async def prefill_decode(
     it. KV of longer prompts moves while it is computed, and the engine that decodes says the first token.
     """
     decode = fleet.pick("decode", prefix=cache_aware)
-    kv = await decode.prep_recv(end=-1)
-    begin, output = min(kv.matched, kv.end), list[int]()
-    if kv.missing and not (cache_aware and kv.missing < min_remote):
+    preparing = decode.prep_recv(end=-1)
+    first: AsyncIterator[Chunk] | None = None
+    # Of a generation, only whole pages are kept.
+    end = len(request.prompt) - 1
+    whole = end // request.page_size * request.page_size
+    lacks = end - decode.matched
+    if decode.matched < whole and lacks <= early_first and not (cache_aware and lacks < min_remote):
         prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        # Of a generation, only whole pages are kept.
-        whole = kv.end // request.page_size * request.page_size
-        if prefill.id == decode.id:
-            pass  # it is alone, and sends itself nothing
-        elif kv.missing > early_first or kv.matched >= whole:
+        if prefill.id != decode.id:  # else it is alone
+            first = prefill.start_generate(max_tokens=1, wait=_PLACE)
+    kv = await preparing
+    begin, output = min(kv.matched, kv.end), list[int]()
+    if first is not None:
+        # Who decodes can do without the other engine, whatever that ends with.
+        with suppress(MicroserveError):
+            async for chunk in first:
+                output += chunk.tokens
+                yield chunk
+                if chunk.finish is not None:
+                    return
+            prefill.remote_send(kv, end=whole)
+            begin = max(begin, whole)
+    elif kv.missing and not (cache_aware and kv.missing < min_remote):
+        prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
+        if prefill.id != decode.id:
             prefill.remote_send(kv)
             begin = kv.end
-        else:
-            # Who decodes can do without the other engine, whatever that ends with.
-            with suppress(MicroserveError):
-                async for chunk in prefill.start_generate(max_tokens=1, wait=_PLACE):
-                    output += chunk.tokens
-                    yield chunk
-                    if chunk.finish is not None:
-                        return
-                prefill.remote_send(kv, end=whole)
-                begin = whole
     async for chunk in decode.start_generate(kv, begin=begin, after=output):
         yield chunk
