@@ -168,7 +168,7 @@ def test_the_engine_that_prefills_dies_between_its_token_and_its_answer() -> Non
 def test_nobody_stands_in_line_for_long_while_pages_are_held_elsewhere() -> None:
     async def check(world: World) -> None:
         await serve(world)
-        assert world.engines["p"].started(0).admit_by == 5.0
+        assert world.engines["p"].started(0).admit_by == 20.0
         assert world.engines["d"].started().admit_by is None
 
     run("prefill_decode", check, "d-decode", "p-prefill")

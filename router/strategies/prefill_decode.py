@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-_PLACE = 5.0
+_PLACE = 20.0
 """Seconds that a prompt stands in line at the engine that prefills, while the other one holds pages for it: two engines
-that prefill for each other could wait for ever."""
+that prefill for each other could wait for ever. Less than the term of a lease, and more than a line that moves takes:
+whoever gives up has its prompt computed where others decode."""
 
 
 @strategy
