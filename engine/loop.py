@@ -132,15 +132,18 @@ class StepLoop:
 
     def turn(self) -> bool:
         """One round: commands, at most one step launched and one collected, outputs. Whether there was a step."""
-        self.attend()
+        self._obey()
+        self._tell()
         stepped = self._step()
-        self._tell(idle=not stepped)
+        self._tell()
+        self._note_load(idle=not stepped)
         return stepped
 
     def attend(self) -> None:
-        """Commands, and at once what they have to tell."""
+        """Commands, and at once what they have to tell, while a step is waited for."""
         self._obey()
         self._tell()
+        self._note_load()
 
     @property
     def attentive(self) -> bool:
@@ -154,9 +157,12 @@ class StepLoop:
         if self._receiving is not None:
             self._receiving.turn(self._clock())
 
-    def _tell(self, *, idle: bool = False) -> None:
+    def _tell(self) -> None:
         if outputs := self._scheduler.take_outputs():
             self._post(self._deliver, outputs)
+
+    def _note_load(self, *, idle: bool = False) -> None:
+        # Not between a step's end and its outputs: whoever ends with it would count, and routers hear of both at once.
         now = self._clock()
         if idle or now - self._load_at >= _SNAPSHOT_INTERVAL:
             self._load = self._snapshot()

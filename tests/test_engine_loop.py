@@ -230,6 +230,15 @@ def test_the_load_is_a_snapshot() -> None:
     assert (bench.loop.load.running, bench.loop.load.waiting, bench.loop.load.steps) == (0, 0, 6)
 
 
+def test_the_load_is_as_of_the_outputs_and_not_of_before_them() -> None:
+    bench = Bench(max_running=1)
+    bench.loop.submit(make_request([1], max_tokens=1))
+    bench.rig.clock.advance(0.06)
+    bench.loop.turn()
+    assert len(bench.delivered) == 1
+    assert (bench.loop.load.running, bench.loop.load.waiting) == (0, 0)
+
+
 # --- commands while a long step is waited for ----------------------------------------------------------------------
 
 LONG: dict[str, Any] = {"pages": 150, "step_tokens": 512, "max_context": 600}
