@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 from functools import partial
 from importlib import metadata
@@ -198,6 +199,17 @@ def open_engine_transport(config: EngineConfig, executor: Executor, name: str) -
         return None
 
 
+def spin_little() -> None:
+    """Before torch is loaded: threads that compute together wait for each other by sleeping, after a short look.
+
+    They would look for milliseconds at every meeting, of which a token of a small model has hundreds. Where another
+    process has one of their cores, whoever is waited for does not run meanwhile: a token then takes tenths of a second
+    (perf/RESULTS.md, cpu_engine). The user's own OMP_WAIT_POLICY or GOMP_SPINCOUNT stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def open_executor(config: EngineConfig, progress: Progress | None = None) -> Executor:
     """The executor that `config` asks for; `progress` is told how far it is."""
     if config.executor == "fake":
@@ -207,6 +219,7 @@ def open_executor(config: EngineConfig, progress: Progress | None = None) -> Exe
             page_size=config.page_size,
             total_pages=config.kv_pages or config.fake.total_pages,
         )
+    spin_little()
     # Imported here: an engine with the fake executor needs no torch.
     from microserve.engine.cuda_open import cuda_device, open_cuda_executor
     from microserve.engine.torch_executor import open_torch_executor

@@ -359,6 +359,10 @@ class Peers:
         self._lost.pop((engine_id, epoch), None)
         _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
         self._dead(engine_id, epoch)
+        for link in [each for each in self._links.values() if each.engine_id == engine_id and each.epoch <= epoch]:
+            # Whoever was told disconnects it, behind its last words.
+            link.connected = False
+            self._drop(link, PeerLost(f"engine {engine_id} of epoch {link.epoch:x} has ended"))
 
     # --- end -------------------------------------------------------------------------------------------------------
 

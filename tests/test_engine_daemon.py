@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -458,3 +459,16 @@ def test_kv_keeps_to_the_network_devices_that_are_set(monkeypatch: pytest.Monkey
         settings = config("tcp://127.0.0.1:1", **options)
         open_engine_transport(settings, open_executor(settings), "e1@7")
     assert opened == [("auto", "e1@7", "lo"), ("nixl", "e1@7", "mlx5_0:1")]
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_compute_together_do_not_spin_for_long(given: dict[str, str], spins: str | None) -> None:
+    """Torch must not be loaded before: its OpenMP looks at the environment once."""
+    code = "import os, sys; from microserve.engine.daemon import spin_little; spin_little(); "
+    code += "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))} | given
+    environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(spins)]

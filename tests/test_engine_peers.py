@@ -203,10 +203,25 @@ def test_a_send_to_a_lost_peer_does_not_wait_for_the_next_attempt() -> None:
     run_fleet(work, lease_term=500.0)
 
 
+@pytest.mark.parametrize("state", ["ready", "refused"])
+def test_a_peer_that_is_proven_dead_is_forgotten_at_once(state: str) -> None:
+    async def work(fleet: Fleet) -> None:
+        a, _ = fleet.engines
+        c = await fleet.add("c", revision="1" if state == "ready" else "2")
+        await fleet.ask(a, Meet(peers=[c.address]), Ok)
+        await fleet.ask(c, Meet(peers=[a.address]), Ok)
+        await fleet.until(lambda: link_of(a, "c").state == state)
+        await fleet.until(lambda: a.core.peers._known.get("c") is not None)
+        await c.kill()
+        assert await fleet.until(lambda: a.core.peers.get("c") is None) < 3.0
+
+    run_fleet(work)
+
+
 def test_a_peer_that_stays_away_is_forgotten() -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines
-        await b.kill(silently=True)
+        await b.kill(silently=True, seen=False)
         await fleet.until(lambda: link_of(a, "b").state == "lost")
         took = await fleet.until(lambda: a.core.peers.get("b") is None, limit=FORGET + 60)
         assert FORGET - 10 < took < FORGET + 20
