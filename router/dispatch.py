@@ -24,6 +24,7 @@ from microserve.runtime.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     LeaseNotFound,
     LeaseTooLarge,
     MicroserveError,
@@ -58,6 +59,9 @@ AFTERWARDS_SECONDS = 10.0
 
 _LOST = (PeerLost, TransferFailed, StaleEpoch, LeaseNotFound)
 """Errors that say that an engine, or what it had prepared, is gone."""
+
+_OF_PROGRAMS = frozenset({"begin", "end", "lease", "address", "kv_wait", "wait", "expect_tokens", "prior_output"})
+"""What engines may find wrong that no client has said."""
 
 _log = get_logger(__name__)
 
@@ -357,15 +361,20 @@ class Generation:
                 return None
             return InternalError(f"strategy '{self._name}' ended without a last chunk, one with `finish`")
         except MicroserveError as error:
+            if isinstance(error, InvalidRequest) and error.param in _OF_PROGRAMS:
+                return self._mistake(error)
             return error
         except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-            # A user's program may raise anything; it ends this request alone.
-            _log.exception("strategy failed", every=1.0, strategy=self._name, request=self.request.id)
-            return InternalError(
-                f"strategy '{self._name}' failed{self._program.where(error)}: {type(error).__name__}: {error}"
-            )
+            return self._mistake(error)
         finally:
             await self._close(stream)
+
+    def _mistake(self, error: BaseException) -> InternalError:
+        """A user's program may raise anything; it ends this request alone, and is not the client's."""
+        _log.exception("strategy failed", every=1.0, strategy=self._name, request=self.request.id)
+        return InternalError(
+            f"strategy '{self._name}' failed{self._program.where(error)}: {type(error).__name__}: {error}"
+        )
 
     async def _close(self, stream: AsyncGenerator[Chunk, None]) -> None:
         try:

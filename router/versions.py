@@ -225,7 +225,7 @@ class Versions:
         elif own:
             own = own[-1:]
         else:
-            raise NotFound(f"nothing was changed for {_named(model)} that could be rolled back", param="model")
+            raise NotFound(f"there is no earlier state of {_named(model)} to go back to", param="model")
         back = own[0]
         if back.number not in self._before:
             was = ", ".join(each.version for each in back.before or ())

@@ -520,6 +520,28 @@ def test_a_strategy_that_raises() -> None:
     run_program(broken, expect(InternalError, r"'broken' failed at test_router_dispatch.py:\d+: KeyError: 'lost'"))
 
 
+@pytest.mark.parametrize("param", ["end", "prompt"])
+def test_what_an_engine_refuses_is_the_strategys_fault_where_the_client_said_nothing_of_it(param: str) -> None:
+    async def careless(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        await fleet.pick().prep_recv(end=10**6)
+        yield Chunk([1])
+
+    async def main() -> None:
+        async with World(strategy(careless).configure()) as world:
+            engine = await world.add("a")
+            engine.answers[PrepRecv] = lambda call: call.fail(InvalidRequest("that is wrong", param=param))
+            generation = world.generate()
+            if param == "prompt":
+                with pytest.raises(InvalidRequest, match="that is wrong"):
+                    await read(generation)
+            else:
+                words = r"'careless' failed at test_router_dispatch.py:\d+: InvalidRequest: that is wrong"
+                with pytest.raises(InternalError, match=words):
+                    await read(generation)
+
+    run_virtual(main())
+
+
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_a_strategy_that_exits(kind: type[BaseException]) -> None:
     async def leaving(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:

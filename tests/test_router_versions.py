@@ -179,7 +179,7 @@ def test_roll_back_goes_back_change_by_change(folder: Path) -> None:
     assert [each.settings.get("ratio") for each in found.roll_back()] == [0.1, 0.2]
     assert [each.settings.get("ratio") for each in found.roll_back()] == [0.1]
     assert [each.name for each in found.roll_back()] == ["data_parallel"]
-    with pytest.raises(NotFound, match="nothing was changed"):
+    with pytest.raises(NotFound, match="no earlier state"):
         found.roll_back()
     reasons = [change.reason for change in shown(found).history]
     assert reasons[:3] == ["rolled back change 2", "rolled back change 3", "rolled back change 4"]
@@ -255,7 +255,7 @@ def test_history_and_the_way_back_survive_restarts(folder: Path, tmp_path: Path)
     assert [each.name for each in versions(folder, store=store).roll_back(number=2)] == ["data_parallel"]
     found = versions(folder, store=store)
     assert serving(found) == {"data_parallel": 1.0}
-    with pytest.raises(NotFound, match="nothing was changed"):
+    with pytest.raises(NotFound, match="no earlier state"):
         found.roll_back()
     assert [(change.number, change.reason) for change in shown(found).history] == [
         (8, "rolled back change 2"),
@@ -340,7 +340,7 @@ def test_steps_and_history_are_bounded_across_restarts(folder: Path, tmp_path: P
     assert [change.number for change in shown(found).history] == list(range(121, 21, -1))
     for number in range(118, 18, -1):
         assert [each.settings["min_remote"] for each in found.roll_back()] == [number]
-    with pytest.raises(NotFound, match="nothing was changed"):
+    with pytest.raises(NotFound, match="no earlier state"):
         found.roll_back()
 
 

@@ -76,7 +76,7 @@ def test_what_is_wrong_is_told_in_one_line_and_changes_nothing() -> None:
             (("set", "dataparallel"), "did you mean 'data_parallel'?"),
             (("set", "balanced", "--set", "ratio=much"), "'ratio' must be a float"),
             (("set", "balanced", "--set", "ratio=2"), "'ratio' must be between 0 and 1"),
-            (("rollback",), "nothing was changed"),
+            (("rollback",), "no earlier state"),
             (("rollback", "--to-before", "7"), "change 7"),
         ):
             done = strategy(cluster, *arguments)

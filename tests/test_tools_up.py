@@ -22,7 +22,7 @@ from tests.tokenizer_zoo import write_checkpoint
 
 from microserve.runtime.client import Client
 from microserve.runtime.errors import ConfigError
-from microserve.tools.up import Plan, _parser, usable_cores
+from microserve.tools.up import Plan, _parser, main, usable_cores
 from microserve.tools.up_screen import Screen, command_name, usage_lines
 
 if TYPE_CHECKING:
@@ -213,6 +213,15 @@ def chat(up: Running, **more: Any) -> httpx.Response:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "m").mkdir()
     return write_checkpoint(tmp_path / "m")
+
+
+def test_logs_that_have_no_folder_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    ports = free_ports(2)
+    flags = ["--http-port", str(ports[0]), "--bind", f"tcp://127.0.0.1:{ports[1]}", "--engines", "0"]
+    assert main([*flags, "--logs", str(file)]) == 2
+    assert capsys.readouterr().err == f"microserve up: error: --logs: {file} cannot be a folder: File exists\n"
 
 
 def test_up_serves_restarts_a_killed_engine_and_stops_clean(folder: Path, tmp_path: Path) -> None:

@@ -116,6 +116,11 @@ class Plan:
         if problems:
             # Both at once: another fleet on this machine has taken both.
             raise ConfigError("; ".join(problems))
+        if self.logs is not None:
+            try:
+                self.logs.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--logs: {self.logs} cannot be a folder: {error.strerror}") from error
 
     def specs(self) -> list[ChildSpec]:
         """The processes to run, the router first; watched as the systemd units have it."""

@@ -147,7 +147,6 @@ class Up:
         if folder is None:
             yield
             return
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             for child in self._children:
                 self._logs[child.name] = (folder / f"{child.name}.log").open("a", encoding="utf-8")
