@@ -246,3 +246,19 @@ def test_show_for_people_has_a_line_a_setting(capsys: pytest.CaptureFixture[str]
 def test_show_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "router", write(tmp_path, "r.toml", "nonsense = 1")]) == 2
     assert "unknown setting" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text('model = "/nope"\n')
+    assert main(["check", str(file)]) == 2
+    assert f"{file}: no model '/nope': no such folder" in capsys.readouterr().err
+    file.write_text('model = "/nope"\nexecutor = "fake"\n')
+    assert main(["check", str(file)]) == 0, "who computes nothing needs none"
+
+
+def test_keys_that_nobody_knows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("http_prt = 8001\n")
+    assert main(["check", str(file)]) == 2
+    assert "a router's or an engine's (neither knows http_prt); say --kind" in capsys.readouterr().err

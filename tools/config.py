@@ -15,6 +15,7 @@ from microserve.runtime.config import EngineConfig, RouterConfig, explain_config
 from microserve.runtime.errors import ConfigError
 from microserve.runtime.keys import check_exposed, is_loopback
 from microserve.runtime.look import Seen, look_at_key
+from microserve.runtime.models import DEMO, resolve_model
 from microserve.tools.common import command_parser
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def _look(kind: str, file: Path, seen: Seen) -> None:
         _check_exposure(config)
     look_at_key(config, seen)
     if not isinstance(config, RouterConfig):
+        if config.executor != "fake" and config.model != DEMO:
+            with seen.told():
+                resolve_model(config.model)
         return
     # Its own module knows certificates and strategies; the command line loads nothing of a router.
     command = [sys.executable, "-P", "-m", "microserve.router.look", str(file)]
@@ -125,7 +129,9 @@ def kind_of(file: Path) -> str:
     for kind in _KINDS:
         if kind in file.name:
             return kind
-    raise ConfigError(f"{file}: it is not clear whether this is a router's or an engine's; say --kind")
+    unknown = ", ".join(sorted(table.keys() - own["router"] - own["engine"]))
+    why = f" (neither knows {unknown})" if unknown else ""
+    raise ConfigError(f"{file}: it is not clear whether this is a router's or an engine's{why}; say --kind")
 
 
 def _show(
