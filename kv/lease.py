@@ -106,7 +106,7 @@ class Lease:
     @property
     def waiting(self) -> bool:
         """Whether something is missing that may still come."""
-        return bool(self.awaited.any())
+        return self.waiting_below(self.end)
 
     def waiting_below(self, position: int) -> bool:
         """Whether something below `position` is missing that may still come."""

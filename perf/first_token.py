@@ -82,15 +82,18 @@ async def _measure(bench: Benchmark, args: argparse.Namespace, cluster: Cluster)
         local = [await _local(client, next(prompts)[: args.tokens]) for _ in range(args.warmup + args.repeat)]
         alone = Sample(tuple(local[args.warmup :]))
         bench.row("local prefill: first token", alone, unit="ms", scale=1e3)
-        prefilling = _Load(_PREFILLS, 2, args.busy, 1)
-        for load in (None, _Load(_DECODES, args.decodes, 100, 2000), prefilling):
-            state = "at rest" if load is None else "prefilling" if load is prefilling else "decoding"
+        loads = {
+            "at rest": None,
+            "decoding": _Load(_DECODES, args.decodes, 100, 2000),
+            "prefilling": _Load(_PREFILLS, 2, args.busy, 1),
+        }
+        for state, load in loads.items():
             for name, settings in _SETTINGS.items():
                 await client.set_strategy("prefill_decode", settings=settings)
                 async with _others(client, load):
                     seen = [await _two(client, next(prompts)[: args.tokens]) for _ in range(args.warmup + args.repeat)]
                 first, second = (Sample(tuple(each)) for each in zip(*seen[args.warmup :], strict=True))
-                note = f"{first.median / alone.median:.3f}x local" if state == "at rest" else ""
+                note = f"{first.median / alone.median:.3f}x local" if load is None else ""
                 bench.row(f"{state}, {name}: first token", first, unit="ms", scale=1e3, note=note)
                 bench.row(f"{state}, {name}: second, after the first", second, unit="ms", scale=1e3)
 

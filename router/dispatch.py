@@ -60,8 +60,8 @@ AFTERWARDS_SECONDS = 10.0
 _LOST = (PeerLost, TransferFailed, StaleEpoch, LeaseNotFound)
 """Errors that say that an engine, or what it had prepared, is gone."""
 
-_OF_PROGRAMS = frozenset({"begin", "end", "lease", "address", "kv_wait", "wait", "expect_tokens", "prior_output"})
-"""What engines may find wrong that no client has said."""
+_OF_PROGRAMS = frozenset({"begin", "end", "address", "admit_by", "wait", "kv_wait"})
+"""Parameters that programs alone set: where an engine finds one wrong, no client has said it."""
 
 _log = get_logger(__name__)
 

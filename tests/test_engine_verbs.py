@@ -285,6 +285,15 @@ def test_begin_and_prior_output_may_reach_the_end_of_the_prompt() -> None:
     with_bench(work)
 
 
+def test_what_was_said_elsewhere_may_fill_the_context() -> None:
+    async def work(bench: Bench) -> None:
+        stream = bench.stream([1] * 20, prior_output=1, max_tokens=5)
+        assert await bench.finish(stream) == []
+        assert stream.reply == Generated(finish_reason="length", usage=Usage(prompt_tokens=19, completion_tokens=1))
+
+    with_bench(work, max_context=20)
+
+
 def test_a_known_sub_id_is_a_conflict_and_a_refused_one_is_free() -> None:
     async def work(bench: Bench) -> None:
         first = bench.stream([1], max_tokens=3)

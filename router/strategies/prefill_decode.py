@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
-from microserve.router.strategy import Between, Chunk, Fleet, Request, strategy
+from microserve.router.strategy import Between, Chunk, Engine, Fleet, Request, strategy
 from microserve.runtime.errors import MicroserveError
 
 if TYPE_CHECKING:
@@ -34,18 +34,22 @@ async def prefill_decode(
     """
     decode = fleet.pick("decode", prefix=cache_aware)
     preparing = decode.prep_recv(end=-1)
-    first: AsyncIterator[Chunk] | None = None
+
+    def other() -> Engine | None:
+        """Who prefills; None where who decodes is alone, and would send itself KV."""
+        prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
+        return None if prefill.id == decode.id else prefill
+
     # Of a generation, only whole pages are kept.
     end = len(request.prompt) - 1
     whole = end // request.page_size * request.page_size
     lacks = end - decode.matched
-    if decode.matched < whole and lacks <= early_first and not (cache_aware and lacks < min_remote):
-        prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        if prefill.id != decode.id:  # else it is alone
-            first = prefill.start_generate(max_tokens=1, wait=_PLACE)
+    early = decode.matched < whole and lacks <= early_first and not (cache_aware and lacks < min_remote)
+    prefill = other() if early else None
+    first = None if prefill is None else prefill.start_generate(max_tokens=1, wait=_PLACE)
     kv = await preparing
     begin, output = min(kv.matched, kv.end), list[int]()
-    if first is not None:
+    if prefill is not None and first is not None:
         # Who decodes can do without the other engine, whatever that ends with.
         with suppress(MicroserveError):
             async for chunk in first:
@@ -55,10 +59,10 @@ async def prefill_decode(
                     return
             prefill.remote_send(kv, end=whole)
             begin = max(begin, whole)
-    elif kv.missing and not (cache_aware and kv.missing < min_remote):
-        prefill = fleet.pick("prefill", exclude=[decode.id], prefix=cache_aware)
-        if prefill.id != decode.id:
-            prefill.remote_send(kv)
-            begin = kv.end
+    elif (
+        not early and kv.missing and not (cache_aware and kv.missing < min_remote) and (prefill := other()) is not None
+    ):
+        prefill.remote_send(kv)
+        begin = kv.end
     async for chunk in decode.start_generate(kv, begin=begin, after=output):
         yield chunk
