@@ -108,6 +108,24 @@ def test_pages_are_copied_into_the_mapped_pool_and_told_once_they_are_written(pa
     np.testing.assert_array_equal(two.pool, expected)
 
 
+def test_ucx_is_told_of_no_memory_that_is_mapped(pair: tuple[End, End]) -> None:
+    """Whatever it maps of a GPU's, it keeps, and a process that was killed would keep its pool."""
+    one, two = pair
+    agent = one.transport._agent
+    mine = agent.get_xfer_descs([(one.pool.ctypes.data, PAGE, 0)], "DRAM")
+    theirs = agent.get_xfer_descs([(two.pool.ctypes.data, PAGE, 0)], "DRAM")
+    with pytest.raises(Exception, match="NOT_FOUND"):
+        agent.initialize_xfer("WRITE", mine, theirs, "two:2", b"")
+    one.near.broken = "no"
+    assert one.push(two, [1], [2]).state is PostState.DONE
+    agent.release_xfer_handle(agent.initialize_xfer("WRITE", mine, theirs, "two:2", b""))
+    one.transport.disconnect("two:2")
+    one.near.broken = ""
+    assert one.connect(two).error == ""
+    with pytest.raises(Exception, match="NOT_FOUND"):
+        agent.initialize_xfer("WRITE", mine, theirs, "two:2", b"")
+
+
 def test_disconnecting_ends_copies_first_and_they_are_never_told(pair: tuple[End, End]) -> None:
     one, two = pair
     post = one.begin(two, [1], [2])
@@ -488,7 +506,10 @@ def test_a_dead_sender_writes_no_page_of_a_gpu(children: tuple[Child, Child]) ->
 
 @pytest.mark.gpu
 def test_a_receiver_that_dies_hurts_nobody_else(children: tuple[Child, Child]) -> None:
+    torch = pytest.importorskip("torch")
     one, two = children
+    last = torch.cuda.device_count() - 1
+    free = torch.cuda.mem_get_info(last)[0]
     pages = list(range(MANY))
     for number in range(10):
         one.tell("push", peer="two:2", source=pages, target=pages, note=f"to the dead {number}")
@@ -502,3 +523,4 @@ def test_a_receiver_that_dies_hurts_nobody_else(children: tuple[Child, Child]) -
     assert one.hear("pushed") == {"pushed": "done", "error": ""}
     assert one.hear("arrived") == {"arrived": "mine", "peer": "one:1"}
     assert one.digest([1]) == one.digest([2])
+    assert torch.cuda.mem_get_info(last)[0] - free >= MANY * LARGE, "its pool came back"

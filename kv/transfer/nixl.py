@@ -1,6 +1,7 @@
 """Pushes over NIXL and UCX: NVLink, RDMA, shared memory or TCP, whatever UCX finds. The only module that imports nixl.
 
 Where GPUs of one host reach each other, the pages are copied without UCX (`cuda_ipc`); their notification goes its way.
+UCX is then told of no memory of the peer's GPU: what it once mapped it keeps, and a dead peer's pool would stay taken.
 
 UCX is set up by environment variables that it reads when it is loaded; what is not set by us is the operator's.
 Nothing happens behind our back: no thread of NIXL's runs, so transfers go on, notifications go out and peers are
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from microserve.kv.pages import PageArray
     from microserve.kv.transfer.base import KvMemory, Post
     from microserve.kv.transfer.cuda_ipc import NearMemory
-    from microserve.kv.transfer.plan import Runs
+    from microserve.kv.transfer.plan import DescriptorArray, Runs
     from microserve.runtime.clock import Clock
 
 _WARM_BYTES: Final = 4096
@@ -56,6 +57,9 @@ class _Metadata(msgspec.Struct, frozen=True):
     """What a peer is told of us. `host` says whether we share a machine."""
 
     agent: bytes
+    """How its agent is connected to, and where it is greeted."""
+    memory: bytes
+    """What UCX needs to write into its pool and scratch area."""
     host: str
     segment: str
     device: int
@@ -64,6 +68,8 @@ class _Metadata(msgspec.Struct, frozen=True):
     total_pages: int
     scratch: int
     scratch_bytes: int
+    greeting: int
+    """Where its host's memory is written by the first push of a connection to a peer that is mapped."""
     shared: tuple[SharedMemory, SharedMemory] | None = None
     """The pool and the scratch half that peers write, for peers that can map them."""
 
@@ -89,7 +95,7 @@ class NixlPost:
 
 
 class NixlTransport:
-    """Implements `Transport`. One agent, with the pool and a scratch area registered.
+    """Implements `Transport`. One agent, with the pool, a scratch area and a page of host memory registered.
 
     The agent bears our incarnation's name, `me`: peers refuse metadata that changes under a name. `devices` is
     UCX_NET_DEVICES: the network devices that may be used; "lo" keeps to this host.
@@ -121,6 +127,8 @@ class NixlTransport:
         """The thread that has the device's context."""
         self._peers: dict[str, _Metadata] = {}
         self._mapped = MappedPeers(near)
+        self._written: set[str] = set()
+        """Peers whose memory UCX knows."""
         self._left: list[NixlPost | CopyPost] = []
         """Posts that count as failed and that are still worked on."""
         self._closed = False
@@ -128,6 +136,7 @@ class NixlTransport:
         self._bind()
         size = _SCRATCH[self._segment]
         self._scratch, self._scratch_owner = _allocate(2 * size, memory.device)
+        self._greeting, self._greeting_owner = _allocate(2 * _WARM_BYTES, "cpu")
         os.environ["UCX_NET_DEVICES"] = devices
         # UCX takes SIGHUP for its debugger, and a process could not be told to read its configuration again.
         os.environ["UCX_DEBUG_SIGNO"] = "0"
@@ -135,8 +144,11 @@ class NixlTransport:
             self._agent = _open_agent(me)
             areas = [(memory.address, memory.page_bytes * memory.total_pages), (self._scratch, 2 * size)]
             listed = [(address, length, self._device, "") for address, length in areas]
-            self._registered = self._agent.register_memory(self._agent.get_reg_descs(listed, self._segment))
-            agent_metadata: bytes = self._agent.get_agent_metadata()
+            greeted = self._agent.get_reg_descs([(self._greeting, 2 * _WARM_BYTES, 0, "")], "DRAM")
+            written = self._agent.get_reg_descs(listed, self._segment)
+            self._registered = [self._agent.register_memory(each) for each in (greeted, written)]
+            agent_metadata: bytes = self._agent.get_partial_agent_metadata(greeted, True, ["UCX"])
+            memory_metadata: bytes = self._agent.get_partial_agent_metadata(written, False, ["UCX"])
         except ImportError as error:
             raise TransferFailed(f"NIXL is not installed here: {error}") from error
         except Exception as error:  # its errors have no base of their own
@@ -145,6 +157,7 @@ class NixlTransport:
             self._journal.settled()
         self._metadata = _Metadata(
             agent=agent_metadata,
+            memory=memory_metadata,
             host=_host(),
             segment=self._segment,
             device=self._device,
@@ -153,6 +166,7 @@ class NixlTransport:
             total_pages=memory.total_pages,
             scratch=self._scratch + size,
             scratch_bytes=size,
+            greeting=self._greeting + _WARM_BYTES,
             shared=self._mapped.share(memory.address, self._scratch + size),
         )
 
@@ -204,6 +218,7 @@ class NixlTransport:
 
     def disconnect(self, peer: str) -> None:
         self.unmap(peer)
+        self._written.discard(peer)
         if self._peers.pop(peer, None) is not None and peer != self.me:
             self._forget_agent(peer)
 
@@ -215,12 +230,15 @@ class NixlTransport:
         self._tell_warnings()
 
     def probe(self, peer: str, *, warm: bool) -> NixlPost | CopyPost | str:
-        """Starts to push our scratch area into the peer's. `warm`: a little of it, by UCX, whatever pushes go by."""
+        """Starts to push our scratch area into the peer's. `warm`: a little, by UCX, whatever pushes go by."""
         theirs = self._peers[peer]
         size = min(_SCRATCH[self._segment], theirs.scratch_bytes)
         size, times = (min(_WARM_BYTES, size), 1) if warm else (size, _PROBED[self._segment])
         # As many times the only page of a pool, which is the scratch area.
         found = [(0, 0, 1)] * times
+        if warm and peer in self._mapped:
+            here = descriptors(found, 0, self._greeting, size, 0)
+            return self._write(peer, here, descriptors(found, 1, theirs.greeting, size, 0), ("DRAM", "DRAM"), _PROBE)
         if warm:
             return self._post(peer, found, self._scratch, theirs.scratch, size, _PROBE)
         made = self._mapped.copy(peer, found, self._scratch, SCRATCH, size, _PROBE)
@@ -273,14 +291,23 @@ class NixlTransport:
         theirs = self._metadata if peer == self.me else self._peers[peer]
         ours = descriptors(found, 0, here, page_bytes, self._device)
         others = descriptors(found, 1, there, page_bytes, theirs.device)
+        if peer not in self._written and peer != self.me:
+            try:
+                self._agent.add_remote_agent(theirs.memory)
+            except Exception as error:  # its errors have no base of their own
+                return _describe(peer, error)
+            self._written.add(peer)
+        return self._write(peer, ours, others, (self._segment, theirs.segment), notification)
+
+    def _write(
+        self, peer: str, ours: DescriptorArray, others: DescriptorArray, segments: tuple[str, str], notification: bytes
+    ) -> NixlPost | str:
+        """A post by UCX from `ours` to `others`, which lie in memory of those two kinds."""
         agent = self._agent
+        here, there = segments
         try:
             handle = agent.initialize_xfer(
-                "WRITE",
-                agent.get_xfer_descs(ours, self._segment),
-                agent.get_xfer_descs(others, theirs.segment),
-                peer,
-                notification,
+                "WRITE", agent.get_xfer_descs(ours, here), agent.get_xfer_descs(others, there), peer, notification
             )
         except Exception as error:  # its errors have no base of their own
             return _describe(peer, error)
@@ -364,7 +391,8 @@ class NixlTransport:
         for peer in list(self._peers):
             self.disconnect(peer)
         try:
-            self._agent.deregister_memory(self._registered)
+            for each in self._registered:
+                self._agent.deregister_memory(each)
         except Exception as error:  # its errors have no base of their own; the process goes on without it
             _log.debug("NIXL did not let go of the pool", error=repr(error))
         self._left.clear()
