@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from microserve.engine.model.checkpoint import load_weights, revision
+from microserve.engine.model.checkpoint import dummy_weights, load_weights, revision
 from microserve.engine.model.config import read_config
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
 from microserve.engine.torch_executor import open_torch_executor
@@ -161,3 +161,16 @@ def test_the_executor_refuses_a_pool_without_a_page_and_a_device_it_has_not(fold
         open_torch_executor(EngineConfig(model=str(folder), kv_memory="1K"))
     with pytest.raises(ConfigError, match="torch finds no GPU"):
         open_torch_executor(EngineConfig(model=str(folder), device="cuda:99"))
+
+
+def test_weights_that_are_made_up_are_the_same_in_every_engine(folder: Path) -> None:
+    """As engines that send each other KV need them, whatever else their processes drew."""
+    config = read_config(folder)
+    one, _, two = (
+        dummy_weights(config, dtype=torch.bfloat16),
+        torch.randn(3),
+        dummy_weights(config, dtype=torch.bfloat16),
+    )
+    assert torch.equal(one.head, two.head)
+    assert torch.equal(one.layers[-1].down, two.layers[-1].down)
+    assert not torch.equal(one.layers[0].down, one.layers[1].down)

@@ -83,7 +83,7 @@ def dummy_weights(
     pack: Callable[[Tensor], Tensor] = lambda matrix: matrix,
 ) -> DecoderWeights:
     """Weights that are made up, of the right shapes: for measuring, where no checkpoint is at hand."""
-    return _Loader(config, _MadeUp(), dtype, torch.device(device), pack).load()
+    return _Loader(config, _MadeUp(torch.device(device)), dtype, torch.device(device), pack).load()
 
 
 class _Parts(Protocol):
@@ -93,7 +93,13 @@ class _Parts(Protocol):
 
 
 class _MadeUp:
-    """Norms are 1, biases 0, and matrices normal with a deviation that keeps hidden states of order 1."""
+    """Norms are 1, biases 0, and matrices normal with a deviation that keeps hidden states of order 1.
+
+    They are the same in every process, as engines that send each other KV need them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._random = torch.Generator(device).manual_seed(0)
 
     def copy(self, name: str, target: Tensor) -> None:
         """Fills `target` with what `name` may be."""
@@ -102,7 +108,7 @@ class _MadeUp:
         elif target.dim() == 1:
             target.fill_(1.0)
         else:
-            target.normal_(0.0, target.shape[1] ** -0.5)
+            target.normal_(0.0, target.shape[1] ** -0.5, generator=self._random)
 
 
 def _weight_files(folder: Path) -> list[Path]:
