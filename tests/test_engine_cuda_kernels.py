@@ -99,6 +99,38 @@ def test_products_of_few_rows(rows: int, parts: int) -> None:
     assert relative_error(normed, functional.rms_norm(total, (1024,), norm.float(), 1e-5)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "out", "width"), [(1, 8, 8), (128, 128, 64), (1037, 14336, 4096), (3000, 1000, 264)])
+def test_gate_and_up_of_many_rows(dtype: torch.dtype, rows: int, out: int, width: int) -> None:
+    import flashinfer
+
+    from microserve.engine.model.cuda_gated import fits, gated
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, width, device=DEVICE).to(dtype)
+    weight = (torch.randn(2 * out, width, device=DEVICE) / width**0.5).to(dtype)
+    assert fits(x, weight)
+    ours = gated(x, weight)
+    gate, up = functional.linear(x.float(), weight.float()).chunk(2, dim=-1)
+    assert relative_error(ours, functional.silu(gate) * up) < TOLERANCE[dtype]
+    # No worse at any place than two kernels are: a tile that was read too early would show.
+    apart = flashinfer.activation.silu_and_mul(functional.linear(x, weight))
+    assert float((ours.float() - apart.float()).abs().max()) <= 8 * torch.finfo(dtype).eps * float(apart.abs().max())
+    for _ in range(20):
+        assert torch.equal(gated(x, weight), ours)
+
+
+def test_what_the_copy_engine_cannot_read_is_not_for_it() -> None:
+    from microserve.engine.model.cuda_gated import fits
+
+    x, weight = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(32, 64, dtype=torch.bfloat16)
+    assert fits(x, weight)
+    assert not fits(x[:, :60], weight[:, :60])
+    assert not fits(x, weight[:20])
+    assert not fits(x.float(), weight.float())
+    assert not fits(torch.empty(4, 128, dtype=torch.bfloat16)[:, :64], weight)
+
+
 def test_a_matrix_that_a_tiling_does_not_divide_is_not_for_it() -> None:
     from microserve.engine.model.cuda_skinny import Tiling, fits
 

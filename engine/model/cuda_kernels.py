@@ -5,7 +5,7 @@ Imported on a GPU machine alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flashinfer
 import torch
@@ -14,18 +14,22 @@ import triton.language as tl
 from torch.nn import functional
 
 from microserve.engine.model import cuda_skinny as skinny
+from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_log = get_logger(__name__)
 
 # The fastest of the tilings tried on an H200, at 1, 8 and 16 rows, and at 32 and 64.
 _FEW = 16
-_LINEAR = skinny.Tiling(64, 128)
-_GATED_FEW, _GATED = skinny.Tiling(32, 128, stages=5), skinny.Tiling(64, 64, stages=5)
-_ADDED_FEW, _ADDED = skinny.Tiling(64, 128, parts=4), skinny.Tiling(64, 128, parts=2)
-_LARGE = 32768
-"""Matrix rows from which a product by itself is worth our kernel: cuBLAS is faster below."""
+_LINEAR = skinny.Tiling(64, 128, ahead=128)
+_GATED_FEW, _GATED = skinny.Tiling(32, 128, stages=5, ahead=128), skinny.Tiling(64, 64, stages=5, ahead=128)
+_ADDED_FEW, _ADDED = skinny.Tiling(64, 128, parts=4, ahead=128), skinny.Tiling(64, 128, parts=2, ahead=128)
+_LARGE, _FEWEST = 32768, 2
+"""Matrix rows from which a product by itself is worth our kernel: below, cuBLAS is faster, but for one or two rows."""
+_MANY = 1024
+"""Rows from which gate, up and activation are one kernel: at 512, its tiles do not come out even, and it is slower."""
 
 
 class CudaKernels:
@@ -34,12 +38,14 @@ class CudaKernels:
     def __init__(self) -> None:
         # What their launches need began with Hopper.
         self._overlap = torch.cuda.get_device_capability() >= (9, 0)
+        self._many = _gated_of_many()
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        if self._overlap and len(x) <= _FEW and weight.shape[0] >= _LARGE and skinny.fits(weight, _LINEAR):
+        ours = len(x) <= (_FEW if weight.shape[0] >= _LARGE else _FEWEST)
+        if self._overlap and ours and skinny.fits(weight, _LINEAR):
             return skinny.linear(x, weight, bias, _LINEAR, out)
         if out is None:
             return functional.linear(x, weight, bias)
@@ -66,11 +72,29 @@ class CudaKernels:
         tiling = _GATED_FEW if len(x) <= _FEW else _GATED
         if self._is_skinny(x) and bias is None and skinny.fits(weight, tiling, gated=True):
             return skinny.gated(x, weight, tiling)
+        if self._many is not None and len(x) >= _MANY and bias is None and self._many.fits(x, weight):
+            try:
+                return self._many.gated(x, weight)  # type: ignore[no-any-return]
+            except Exception as error:  # another Triton may not know what it is written in
+                _log.warning("gate and up are computed in two kernels", reason=repr(error))
+                self._many = None
         product: Tensor = flashinfer.activation.silu_and_mul(functional.linear(x, weight, bias))
         return product
 
     def _is_skinny(self, x: Tensor) -> bool:
         return self._overlap and x.shape[0] <= skinny.MOST_ROWS
+
+
+def _gated_of_many() -> Any:
+    """`cuda_gated`, where it can be had."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return None
+    try:
+        from microserve.engine.model import cuda_gated
+    except Exception as error:  # what it is written in is not a part of Triton for good
+        _log.warning("gate and up are computed in two kernels", reason=repr(error))
+        return None
+    return cuda_gated
 
 
 def rotate_and_store(
