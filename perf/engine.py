@@ -62,7 +62,7 @@ AIM: dict[str, str] = {
     "throughput": "6900",
 }
 _PROMPT, _SHORT, _LONG = 128, 32, 256
-"""Tokens of a decode's prompt, and outputs of its two runs."""
+"""Tokens of a decode's prompt, where nothing else is said, and outputs of its two runs."""
 
 
 def main() -> None:
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="(default: %(default)s)")
     parser.add_argument("--batches", default="1,8,64,256", help="decode batches (default: %(default)s)")
+    parser.add_argument("--behind", type=int, default=_PROMPT, help="prompt of a decode (default: %(default)s tokens)")
     parser.add_argument("--prompts", default="128,512,2048,8192", help="prefill lengths (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="throughput: requests (default: %(default)s)")
     parser.add_argument("--executor", choices=("cuda", "torch"), default="cuda", help="(default: %(default)s)")
@@ -96,10 +97,14 @@ class _Table:
     def start(self, sample: Sample) -> None:
         self._row("start to ready", "start", sample, "s")
 
-    def decode(self, batch: int, sample: Sample) -> None:
-        context = _PROMPT + (_SHORT + _LONG) / 2
+    def decode(self, batch: int, prompt: int, sample: Sample) -> None:
+        context = prompt + (_SHORT + _LONG) / 2
         limits = [1e3 * self._work.decode_step(batch, context, rates) for rates in self._rates]
-        self._row(f"decode {batch}", f"decode {batch}", sample, "ms", limits)
+        name = f"decode {batch}"
+        if prompt == _PROMPT:
+            self._row(name, name, sample, "ms", limits)
+        else:
+            self._row(f"{name} behind {prompt}", "", sample, "ms", limits)
 
     def prefill(self, tokens: int, sample: Sample) -> None:
         limits = [1e3 * self._work.prefill(tokens, rates) for rates in self._rates]
@@ -159,7 +164,8 @@ async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
         load = _Load(client, announced.info.model.vocab_size, args.temperature, args.top_p)
         await load.generate(8, _PROMPT, 16)
         for batch in map(int, filter(None, args.batches.split(","))):
-            table.decode(batch, Sample(tuple([await load.decode_step(batch) for _ in range(args.repeat)])))
+            steps = [await load.decode_step(batch, args.behind) for _ in range(args.repeat)]
+            table.decode(batch, args.behind, Sample(tuple(steps)))
         for length in map(int, filter(None, args.prompts.split(","))):
             await load.generate(1, length, 1)
             table.prefill(length, Sample(tuple([1e3 * await load.generate(1, length, 1) for _ in range(args.repeat)])))
@@ -207,10 +213,10 @@ class _Load:
         _check(ends, output)
         return seconds
 
-    async def decode_step(self, batch: int) -> float:
+    async def decode_step(self, batch: int, prompt: int) -> float:
         """Milliseconds a step at that batch: the slope between 32 and 256 outputs."""
-        short = await self.generate(batch, _PROMPT, _SHORT)
-        long = await self.generate(batch, _PROMPT, _LONG)
+        short = await self.generate(batch, prompt, _SHORT)
+        long = await self.generate(batch, prompt, _LONG)
         return 1e3 * (long - short) / (_LONG - _SHORT)
 
     def _body(self, prompt: int, output: int) -> StartGenerate:

@@ -50,6 +50,7 @@ STEPS = (
     Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 600, rows=False),
     Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
+    Step("kernels", ("perf.kernels",), 150),
     Step("plain", ("perf.engine", *_PLAIN), 150),
     Step("serving", ("perf.serving", *_SERVED, "--rates", "4,16", "--requests", "120", "--repeat", "1"), 180),
     Step("transfer", ("perf.transfer", "--device", "cuda:0", "--peer-device", "cuda:1", "--mib", "384"), 120, gpus=2),
