@@ -270,6 +270,7 @@ def test_text_is_tokenised_by_the_engines_model(tmp_path: Path) -> None:
         ("remote_send", {"prompt": [1]}, 400, "address"),
         ("remote_send", {"prompt": [1], "address": {"lease": "x"}}, 400, "address.lease"),
         ("start_generate", {"prompt": [1], "sampling": {"max_tokens": 0}}, 400, "sampling.max_tokens"),
+        ("start_generate", {"prompt": [1], "sampling": {"max_token": 5}}, 400, "sampling.max_token"),
         ("release", {"lease": -1}, 400, "lease"),
         ("cache_pin", {"prompt": [1], "ttl": 0}, 400, "ttl"),
         ("drain", {"now": True}, 400, "now"),
