@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from microserve.engine.calls import CallBook
 from microserve.engine.kv_verbs import KvVerbs, LocalWay
+from microserve.engine.limits import Limits, sizes
 from microserve.engine.link import peer_name
 from microserve.engine.liveness import own_incarnation, proven_dead
 from microserve.engine.loop import StepLoop
 from microserve.engine.metrics import EngineMetrics
 from microserve.engine.peers import Peers
 from microserve.engine.receiving import Receiving
-from microserve.engine.scheduler import Limits, Scheduler
+from microserve.engine.scheduler import Scheduler
 from microserve.engine.sending import Sends
 from microserve.engine.transfers import Push, Pushed, TransferThread
 from microserve.engine.verbs import EngineVerbs
@@ -86,6 +87,7 @@ class EngineCore:
         self._received_bytes = 0
         self._received: Counter[str] = Counter()
         """Bytes by peer, the last of them. Both are written by the transfer thread."""
+        limits = make_limits(config, model.max_context)
         self.info = EngineInfo(
             engine_id=engine_id,
             epoch=epoch,
@@ -94,13 +96,12 @@ class EngineCore:
             model=model,
             layout=executor.layout,
             executor=_kind(executor),
-            max_running=config.max_running,
+            max_running=limits.max_running,
             labels=config.labels,
             started_at=time.time(),
         )
         """What others are told. Whoever binds the addresses puts them here."""
         self.cache = KvCache(executor.total_pages, executor.layout.page_size, clock=clock)
-        limits = make_limits(config, model.max_context)
         self.scheduler = Scheduler(self.cache, limits, eos_token_ids=model.eos_token_ids)
         self.scheduler.admitted = self.metrics.admitted
         leases = LeaseTable(
@@ -177,7 +178,7 @@ class EngineCore:
             info=self._info,
             check_prompt=self.scheduler.check_prompt,
             statistics=self.statistics,
-            max_live=config.max_running + config.max_waiting,
+            max_live=limits.max_running + limits.max_waiting,
             steps=self.steps,
             book=book,
             sinks=sinks,
@@ -274,7 +275,8 @@ class EngineCore:
 def make_limits(config: EngineConfig, model_context: int) -> Limits:
     """What an engine takes on. Raises `ConfigError` for limits that do not fit."""
     context = min(config.max_context or model_context, model_context)
-    return Limits(config.max_running, config.max_waiting, config.step_tokens, context)
+    running, tokens = sizes(config)
+    return Limits(running, config.max_waiting, tokens, context)
 
 
 def _kind(executor: Executor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from microserve.engine.limits import sizes
 from microserve.engine.model.checkpoint import dummy_weights, load_weights
 from microserve.engine.model.config import read_config
 from microserve.engine.model.decoder import Decoder
@@ -51,15 +53,22 @@ def cuda_device(name: str) -> torch.device | None:
     return device
 
 
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of the GPU in all."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Progress | None = None) -> CudaExecutor:
     """Loads the checkpoint that `config` names onto `device`.
 
     `progress` is told how far it is. Raises `CheckpointError` and `ConfigError`.
     """
     progress = progress if progress is not None else Progress()
+    # Left to itself, the torch executor takes the CPU.
+    plain = f"--executor torch --device {device}"
     if find_spec("flashinfer") is None:
         raise ConfigError(
-            "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch, "
+            f"executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say {plain}, "
             "which serves on this GPU without it, slowly"
         )
     began = time.monotonic()
@@ -69,7 +78,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         raise ConfigError("dtype float32: the cuda executor computes in bfloat16 or float16")
     if model.head_dim % 64:
         raise ConfigError(
-            f"head_dim {model.head_dim}: FlashInfer's attention takes multiples of 64; say --executor torch, which "
+            f"head_dim {model.head_dim}: FlashInfer's attention takes multiples of 64; say {plain}, which "
             "serves on this GPU without it, slowly"
         )
     own = model.dtype if model.dtype in _DTYPES else "bfloat16"
@@ -78,10 +87,11 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     torch.cuda.set_device(device)
     with progress.stage("loading weights") as report:
         if config.dummy_weights:
-            weights = dummy_weights(model, dtype=dtype, device=device)
+            weights = dummy_weights(model, dtype=dtype, device=device, progress=report)
         else:
             weights = load_weights(folder, model, dtype=dtype, device=device, progress=report)
     loaded = time.monotonic()
+    max_running, step_tokens = sizes(config, gpu_bytes(device))
     # FlashInfer and Triton are looked for only here: their kernels may have to be compiled first.
     from microserve.engine.cuda_executor import CudaExecutor
     from microserve.engine.cuda_inputs import table_room
@@ -91,12 +101,12 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     decoder = Decoder(model, weights, CudaKernels(), max_context=max_context)
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
     with first_step(progress):
-        peak = worst_step_bytes(decoder, shape, device, config.step_tokens, config.max_running)
+        peak = worst_step_bytes(decoder, shape, device, step_tokens, max_running)
     profiled = time.monotonic()
     # Made later: what graphs leave their logits in, as much for rows that the CPU draws, and float32 of those; and
     # three page tables of int32.
-    peak += config.max_running * model.vocab_size * (2 * dtype.itemsize + 4)
-    peak += 3 * 4 * table_room(config.max_running, max_context, config.page_size)
+    peak += max_running * model.vocab_size * (2 * dtype.itemsize + 4)
+    peak += 3 * 4 * table_room(max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)
     info = describe(
@@ -107,9 +117,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         dummy=config.dummy_weights,
     )
     with progress.stage("capturing graphs", patience=_COMPILING) as report:
-        executor = CudaExecutor(
-            decoder, pool, info, max_running=config.max_running, step_tokens=config.step_tokens, progress=report
-        )
+        executor = CudaExecutor(decoder, pool, info, max_running=max_running, step_tokens=step_tokens, progress=report)
     _log.info(
         "gpu ready",
         device=str(device),
@@ -126,11 +134,17 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
 
 
 def first_step(progress: Progress) -> AbstractContextManager[object]:
-    """The stage of the first step, which compiles what no step before it has left in FlashInfer's folder."""
-    if compiled_kernels():
-        return progress.stage("measuring the worst step", patience=_COMPILING)
-    _log.info("kernels are not compiled yet: the first start takes minutes", folder=str(kernel_folder()))
-    return progress.stage("compiling kernels, which the first start does", patience=_COMPILING, probe=compiled_kernels)
+    """The stage of the first step. FlashInfer and Triton compile in it what no start before has left: that is told as
+    soon as it is seen."""
+    if not _flashinfer_modules():
+        _log.info("kernels are not compiled yet: the first start takes minutes", folder=str(kernel_folder()))
+    before = compiled_kernels()
+    return progress.stage(
+        "measuring the worst step",
+        patience=_COMPILING,
+        probe=lambda: compiled_kernels() - before,
+        probed="compiling kernels, which the first start does",
+    )
 
 
 def kernel_folder() -> Path:
@@ -141,7 +155,13 @@ def kernel_folder() -> Path:
 
 
 def compiled_kernels() -> int:
-    """How many of FlashInfer's modules are compiled already: here, or before they were packaged."""
+    """How many modules of FlashInfer's and kernels of Triton's are compiled already."""
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    return _flashinfer_modules() + sum(1 for _ in triton.glob("*/*.cubin"))
+
+
+def _flashinfer_modules() -> int:
+    """Compiled here, or before they were packaged."""
     from flashinfer.jit import env
 
     folders = (kernel_folder(), Path(env.FLASHINFER_AOT_DIR))

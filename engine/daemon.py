@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from microserve.engine.core import EngineCore, make_limits
 from microserve.engine.fake_executor import FakeExecutor, fake_model
+from microserve.engine.limits import sizes
 from microserve.engine.link import peer_name
 from microserve.engine.progress import Progress
 from microserve.engine.reload import engine_reload
@@ -112,9 +113,9 @@ async def serve(
         opened = await _open_unless_draining(config, peer_name(engine_id, epoch), lifecycle, progress)
         if opened is None:
             return
-        executor, transport = opened
+        sized, executor, transport = opened
         bus = ZmqBus(Peer("engine", engine_id, epoch), security=security)
-        engine = Engine(config, engine_id, epoch, executor, transport, bus)
+        engine = Engine(sized, engine_id, epoch, executor, transport, bus)
         try:
             await engine.start()
             if http is not None:
@@ -174,13 +175,14 @@ def _status_line(engine: Engine) -> str:
 
 async def _open_unless_draining(
     config: EngineConfig, name: str, lifecycle: Lifecycle, progress: Progress
-) -> tuple[Executor, Transport | None] | None:
-    """What takes long. None: told to end meanwhile."""
+) -> tuple[EngineConfig, Executor, Transport | None] | None:
+    """What takes long, and the configuration with sizes of steps. None: told to end meanwhile."""
 
-    def work() -> tuple[Executor, Transport | None]:
-        executor = open_executor(config, progress)
+    def work() -> tuple[EngineConfig, Executor, Transport | None]:
+        sized = with_sizes(config)
+        executor = open_executor(sized, progress)
         with progress.stage("opening the transport"):
-            return executor, open_engine_transport(config, executor, name)
+            return sized, executor, open_engine_transport(config, executor, name)
 
     return await lifecycle.open(work, progress.look)
 
@@ -208,6 +210,19 @@ def spin_little() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def with_sizes(config: EngineConfig) -> EngineConfig:
+    """`config`, where it says nothing of the size of steps, with what suits the device that computes."""
+    memory = 0
+    if config.executor in ("auto", "cuda") and None in (config.max_running, config.step_tokens):
+        spin_little()
+        # Imported here: an engine with the fake executor needs no torch.
+        from microserve.engine.cuda_open import cuda_device, gpu_bytes
+
+        device = cuda_device(config.device)
+        memory = 0 if device is None else gpu_bytes(device)
+    return replace(config, **sizes(config, memory)._asdict())
 
 
 def open_executor(config: EngineConfig, progress: Progress | None = None) -> Executor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from microserve.runtime.clock import monotonic
+from microserve.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ PATIENCE = 300.0
 """Seconds that a stage may go without a step forward."""
 _EXACT = 100
 """Steps above which a stage is told in percent."""
+
+_log = get_logger(__name__)
 
 
 class Progress:
@@ -30,55 +33,61 @@ class Progress:
         self._patience = PATIENCE
         self._probe: Callable[[], int] | None = None
         self._probed = 0
+        self._instead = ""
+        self._draw: Callable[[int, int | None], None] = _draw_nothing
         self._moved_at = clock()
 
     def look(self) -> str | None:
         """What is done now, in words; None when nothing has moved for so long that it is probably stuck."""
         probe = self._probe
         if probe is not None and (found := probe()) != self._probed:
+            if self._instead and self._what != self._instead:
+                self._what = self._instead
+                _log.info(self._what)
             self._probed, self._steps = found, f"{found} so far"
             self._moved_at = self._clock()
+            self._draw(found, None)
         if self._clock() - self._moved_at > self._patience:
             return None
         return f"{self._what}: {self._steps}" if self._steps else self._what
 
     @contextmanager
     def stage(
-        self, what: str, *, patience: float = PATIENCE, probe: Callable[[], int] | None = None
+        self, what: str, *, patience: float = PATIENCE, probe: Callable[[], int] | None = None, probed: str = ""
     ) -> Iterator[Callable[[int, int], None]]:
         """One stage; gives what is to be called with (done, in all).
 
-        `probe` is asked by whoever looks how many things are done, where the work itself cannot tell.
+        `probe` is asked by whoever looks how many things are done, where the work itself cannot tell. Once some are,
+        the stage is called `probed`.
         """
         # The probe goes first and comes last: whoever looks meanwhile must not ask it about another stage.
         self._probe = None
-        self._what, self._steps, self._patience = what, "", patience
+        self._what, self._steps, self._patience, self._instead = what, "", patience, probed
         self._moved_at = self._clock()
         if probe is not None:
             self._probed = probe()
-        self._probe = probe
         try:
-            if self._bars:
-                with _bar(what) as draw:
-                    yield self._reporter(draw)
-            else:
-                yield self._reporter(lambda done, total: None)
+            with _bar(what) if self._bars else nullcontext(_draw_nothing) as draw:
+                self._draw = draw
+                self._probe = probe
+                yield self._report
         finally:
-            self._probe = None
+            self._probe, self._draw = None, _draw_nothing
             self._what, self._steps, self._patience = "starting", "", PATIENCE
             self._moved_at = self._clock()
 
-    def _reporter(self, draw: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            self._steps = f"{done}/{total}" if total <= _EXACT else f"{100 * done // total}%"
-            self._moved_at = self._clock()
-            draw(done, total)
+    def _report(self, done: int, total: int) -> None:
+        self._steps = f"{done}/{total}" if total <= _EXACT else f"{100 * done // total}%"
+        self._moved_at = self._clock()
+        self._draw(done, total)
 
-        return report
+
+def _draw_nothing(done: int, total: int | None) -> None:
+    """Where nobody looks."""
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from microserve.engine.limits import sizes
 from microserve.engine.model.checkpoint import dummy_weights, load_weights, revision
 from microserve.engine.model.config import DecoderConfig, read_config
 from microserve.engine.model.decoder import Decoder
@@ -303,11 +304,11 @@ def open_torch_executor(config: EngineConfig, progress: Progress | None = None) 
         raise ConfigError(f"kv_memory {config.kv_memory} holds no page of {shape.page_bytes} bytes")
     # More pages than every request at its longest could use would only be zeroed memory.
     if config.kv_pages is None:
-        pages = min(pages, 2 * config.max_running * -(-max_context // config.page_size))
+        pages = min(pages, 2 * sizes(config).max_running * -(-max_context // config.page_size))
     kernels = cpu_kernels(dtype) if device.type == "cpu" else TorchKernels()
     with progress.stage("loading weights") as report:
         if config.dummy_weights:
-            weights = dummy_weights(model, dtype=dtype, device=device, pack=kernels.pack)
+            weights = dummy_weights(model, dtype=dtype, device=device, pack=kernels.pack, progress=report)
         else:
             weights = load_weights(folder, model, dtype=dtype, device=device, pack=kernels.pack, progress=report)
     decoder = Decoder(model, weights, kernels, max_context=max_context)

@@ -141,18 +141,8 @@ async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
     router = _Router()
     listener = await bus.listen("tcp://127.0.0.1:*", router.server)
     command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
-    command += [
-        "--executor",
-        args.executor,
-        "--device",
-        "cuda:0",
-        "--step-tokens",
-        "8192",
-        "--max-running",
-        "512",
-        "--max-context",
-        "16384",
-    ]
+    # The sizes of steps are those that an engine takes by itself.
+    command += ["--executor", args.executor, "--device", "cuda:0", "--max-context", "16384"]
     command += ["--routers", listener.endpoint, "--engine-id", "perf", *args.flags.split()]
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(*command, env=os.environ)

@@ -131,7 +131,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
 def _gpu_server(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     from tests.cluster import Cluster
 
-    flags = ["--executor", "cuda", "--step-tokens", "8192", "--max-running", "256", "--max-context", "16384"]
+    flags = ["--executor", "cuda", "--max-context", "16384"]
     model = args.model
     if args.model in SHAPES:
         model = str(write_shape(folder / args.model, args.model))

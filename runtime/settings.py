@@ -62,8 +62,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(
-            description="number format of weights and KV; auto: float32 on a CPU, the checkpoint's on a GPU "
-            "(bfloat16 for float32)"
+            description="number format of weights and KV; auto: float32 for the torch executor, the checkpoint's for "
+            "cuda (bfloat16 for float32)"
         ),
     ] = "auto"
     bind: Annotated[Endpoint, Meta(description="where routers reach this engine's verbs; port * takes a free one")] = (
@@ -80,7 +80,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     page_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV page")] = 16
     kv_memory: Annotated[
         str,
-        Meta(pattern=_SIZE_PATTERN, extra=_SIZE, description="memory of the KV pool; on a GPU the default means all"),
+        Meta(
+            pattern=_SIZE_PATTERN,
+            extra=_SIZE,
+            description="memory of the KV pool; to the cuda executor, the default means all",
+        ),
     ] = DEFAULT_KV_MEMORY
     gpu_memory: Annotated[
         float, Meta(gt=0, le=1, description="share of the GPU's memory that the engine may take in all")
@@ -95,9 +99,18 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=2)] | None,
         Meta(description="longest prompt and output together, tokens (not set: the model's own limit)"),
     ] = None
-    max_running: Annotated[int, Meta(ge=1, description="requests computed at once")] = 64
+    max_running: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="requests computed at once (not set: 64 on a CPU, 256 on a GPU, 512 on one of 64 GiB)"),
+    ] = None
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
-    step_tokens: Annotated[int, Meta(ge=1, description="token budget of a step: decodes, then prompt chunks")] = 512
+    step_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="token budget of a step: decodes, then prompt chunks "
+            "(not set: 512 on a CPU, 2048 on a GPU, 8192 on one of 64 GiB)"
+        ),
+    ] = None
     step_timeout: Annotated[
         float,
         Meta(gt=0, description="seconds after which a step counts as hung, and the watchdog restarts the process"),

@@ -27,7 +27,7 @@ def test_without_flashinfer_the_error_says_what_to_install_and_what_serves_witho
     with pytest.raises(ConfigError) as refused:
         cuda_open.open_cuda_executor(config, torch.device("cuda:0"))
     assert str(refused.value) == (
-        "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch, "
+        "executor cuda needs FlashInfer: pip install 'microserve[cuda]'; or say --executor torch --device cuda:0, "
         "which serves on this GPU without it, slowly"
     )
 
@@ -59,7 +59,10 @@ def test_a_head_size_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cuda_open, "find_spec", lambda name: object())
     folder = write_random_checkpoint(tmp_path / "m", arch="llama", hidden_size=160, head_dim=80, num_attention_heads=2)
     config = EngineConfig(model=str(folder), executor="cuda")
-    with pytest.raises(ConfigError, match="head_dim 80: FlashInfer's attention takes multiples of 64; say --executor"):
+    with pytest.raises(
+        ConfigError,
+        match="head_dim 80: FlashInfer's attention takes multiples of 64; say --executor torch --device cuda:0,",
+    ):
         cuda_open.open_cuda_executor(config, torch.device("cuda:0"))
 
 

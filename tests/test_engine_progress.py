@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 from microserve.engine import cuda_open
+from microserve.engine import progress as progress_module
 from microserve.engine.progress import PATIENCE, Progress
 from microserve.runtime.clock import ManualClock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import pytest
@@ -73,25 +76,56 @@ def test_a_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ""
 
 
+def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    drawn: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+        yield lambda done, total: drawn.append((done, total))
+
+    monkeypatch.setattr(progress_module, "_bar", bar)
+    built = [0]
+    progress = Progress(bars=True)
+    with progress.stage("measuring", probe=lambda: built[0], probed="compiling"):
+        assert progress.look() == "measuring"
+        for built[0] in (1, 3):
+            assert progress.look() == f"compiling: {built[0]} so far"
+            progress.look()
+    built[0] = 4
+    assert progress.look() == "starting"
+    assert drawn == [(1, None), (3, None)]
+    assert [record.getMessage() for record in caplog.records] == ["compiling"]
+
+
 def test_kernels_that_must_be_compiled_first_are_announced_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    built, packaged = tmp_path / "cached_ops", tmp_path / "aot"
+    built, packaged, triton = tmp_path / "cached_ops", tmp_path / "aot", tmp_path / "triton"
     library = ModuleType("flashinfer.jit")
     env = SimpleNamespace(FLASHINFER_JIT_DIR=built, FLASHINFER_AOT_DIR=packaged)
     monkeypatch.setattr(library, "env", env, raising=False)
     monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
     monkeypatch.setitem(sys.modules, "flashinfer.jit", library)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(triton))
     progress = Progress(clock=ManualClock())
-    with cuda_open.first_step(progress):
-        assert progress.look() == "compiling kernels, which the first start does"
-        (built / "norm").mkdir(parents=True)
-        (built / "norm" / "norm.so").touch()
-        assert progress.look() == "compiling kernels, which the first start does: 1 so far"
-    assert [record.getMessage() for record in caplog.records] == [
-        "kernels are not compiled yet: the first start takes minutes"
-    ]
+    told = "compiling kernels, which the first start does"
     with cuda_open.first_step(progress):
         assert progress.look() == "measuring the worst step"
-    assert len(caplog.records) == 1
+        (built / "norm").mkdir(parents=True)
+        (built / "norm" / "norm.so").touch()
+        assert progress.look() == f"{told}: 1 so far"
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels are not compiled yet: the first start takes minutes",
+        told,
+    ]
+    # Those that are there are nobody's work; one that a start before had no use for is, and Triton's are.
+    with cuda_open.first_step(progress):
+        assert progress.look() == "measuring the worst step"
+        (triton / "abc").mkdir(parents=True)
+        (triton / "abc" / "kernel.cubin").touch()
+        assert progress.look() == f"{told}: 1 so far"
+    assert [record.getMessage() for record in caplog.records][2:] == [told]

@@ -81,9 +81,15 @@ def dummy_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     pack: Callable[[Tensor], Tensor] = lambda matrix: matrix,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DecoderWeights:
-    """Weights that are made up, of the right shapes: for measuring, where no checkpoint is at hand."""
-    return _Loader(config, _MadeUp(torch.device(device)), dtype, torch.device(device), pack).load()
+    """Weights that are made up, of the right shapes: for measuring, where no checkpoint is at hand.
+
+    `progress` is called with (layers begun, layers in all).
+    """
+    return _Loader(
+        config, _MadeUp(torch.device(device), config.layers, progress), dtype, torch.device(device), pack
+    ).load()
 
 
 class _Parts(Protocol):
@@ -98,11 +104,17 @@ class _MadeUp:
     They are the same in every process, as engines that send each other KV need them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, layers: int, progress: Callable[[int, int], None] | None) -> None:
         self._random = torch.Generator(device).manual_seed(0)
+        self._layers = layers
+        self._progress = progress
+        self._done = 0
 
     def copy(self, name: str, target: Tensor) -> None:
         """Fills `target` with what `name` may be."""
+        if self._progress is not None and name.endswith("input_layernorm.weight"):
+            self._done += 1
+            self._progress(self._done, self._layers)
         if name.endswith("bias"):
             target.zero_()
         elif target.dim() == 1:
