@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -36,9 +36,15 @@ class Answer:
 
 class Serving:
     def __init__(
-        self, checkpoint: Path, *, pages: int = 256, prefill_chunk: int | None = None, device: str = "cpu"
+        self,
+        checkpoint: Path,
+        *,
+        pages: int = 256,
+        prefill_chunk: int | None = None,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        config = EngineConfig(model=str(checkpoint), kv_pages=pages, executor="torch", device=device)
+        config = EngineConfig(model=str(checkpoint), kv_pages=pages, executor="torch", device=device, dtype=dtype)
         self.executor = open_torch_executor(config)
         self.cache = KvCache(pages, config.page_size, clock=ManualClock())
         limits = Limits(32, 100, 100, self.executor.model.max_context, prefill_chunk)
@@ -70,15 +76,15 @@ class Serving:
 
 
 class Oracle:
-    """The same checkpoint in `transformers`, float32."""
+    """The same checkpoint in `transformers`, float32 unless `dtype` says something else."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # it would leave a thread behind
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
         self.model.eval()
 
     def logprobs(self, prompt: np.ndarray, output: Sequence[int]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -43,8 +43,17 @@ CASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
     },
-    "qwen2": {"arch": "qwen2", "hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen3": {"arch": "qwen3", "hidden_size": 256, "head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2},
+    # Seven heads to one, as Qwen2's are.
+    "qwen2": {"arch": "qwen2", "hidden_size": 896, "head_dim": 64, "num_attention_heads": 14, "num_key_value_heads": 2},
+    # Eight to one, and as many rows in the head as our own kernel for it takes.
+    "qwen3": {
+        "arch": "qwen3",
+        "hidden_size": 256,
+        "head_dim": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "vocab_size": 32768,
+    },
     "window": {
         "arch": "mistral",
         "hidden_size": 256,
@@ -55,8 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 SERVED = [(case, "bfloat16") for case in CASES] + [("heads-of-128", "float16"), ("qwen2", "float16")]
-ROUNDING = {"bfloat16": 0.5, "float16": 0.1}
+ROUNDING = {"bfloat16": 0.3, "float16": 0.04}
 """Log probabilities of two programs on these models differ by less."""
+LEAST = {"bfloat16": 0.02, "float16": 0.003}
+"""What rounding does to log probabilities at least, as a root of the mean square."""
 
 
 @dataclass
@@ -70,14 +81,21 @@ class Serving:
     """The executor under the scheduler: step n + 1 is launched before step n is collected."""
 
     def __init__(
-        self, checkpoint: Path, dtype: str, *, pages: int = 512, step_tokens: int = 256, max_running: int = 24
+        self,
+        checkpoint: Path,
+        dtype: str,
+        *,
+        pages: int | None = 512,
+        step_tokens: int = 256,
+        max_running: int = 24,
+        gpu_memory: float = 0.92,
     ) -> None:
         from microserve.engine.cuda_open import open_cuda_executor
 
         config = msgspec.convert(
             {
                 **{"model": str(checkpoint), "executor": "cuda", "dtype": dtype, "kv_pages": pages},
-                **{"step_tokens": step_tokens, "max_running": max_running},
+                **{"step_tokens": step_tokens, "max_running": max_running, "gpu_memory": gpu_memory},
             },
             EngineConfig,
         )
@@ -129,8 +147,14 @@ class RoundedOracle(Oracle):
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         super().__init__(checkpoint)
-        self.model = self.model.to(getattr(torch, dtype)).to(torch.float32)
+        # Parameters alone: rotary frequencies are of float32 in every format, and rounded, they would turn token 450 by
+        # another angle.
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
         self.rounding = ROUNDING[dtype]
+        self.least = LEAST[dtype]
+        self.rounded = Oracle(checkpoint, getattr(torch, dtype))
+        """`transformers` in our own number format: what it is off by, programs of that format may be off by."""
 
     def check_near(self, prompt: np.ndarray, answer: Answer, count: int) -> None:
         """Every token is the oracle's best, or within rounding of it."""
@@ -142,6 +166,17 @@ class RoundedOracle(Oracle):
             assert gap < self.rounding, f"token {position} is {gap} below the best"
         for position, entry in enumerate(answer.logprobs):
             assert abs(entry.logprob - float(reference[position, answer.tokens[position]])) < self.rounding
+
+    def check_precise(self, prompt: np.ndarray, answer: Answer, count: int) -> None:
+        """The likeliest tokens' log probabilities are as near the exact ones as those of `transformers`, which rounds
+        as often, and in other places. On a CPU our torch executor is at 0.8 to 1.2 times their error."""
+        assert isinstance(answer.end, Generated), answer.end
+        assert len(answer.logprobs) == len(answer.tokens) == count
+        ids = torch.tensor([entry.top_ids for entry in answer.logprobs])
+        found = torch.tensor([entry.top_logprobs for entry in answer.logprobs])
+        exact, theirs = (each.logprobs(prompt, answer.tokens).gather(1, ids) for each in (self, self.rounded))
+        ours, usual = (float((each - exact).square().mean().sqrt()) for each in (found, theirs))
+        assert ours < 2 * max(usual, self.least), f"{len(prompt)} tokens: off by {ours}, transformers by {usual}"
 
 
 @pytest.fixture(scope="module", params=SERVED, ids=" ".join)
@@ -186,16 +221,44 @@ def test_mixed_batches_of_odd_lengths_are_those_of_transformers(serving: Serving
         oracle.check_near(prompt, answer, count)
 
 
-def test_the_next_token_is_as_likely_as_on_the_cpu(serving: Serving, checkpoint: Path, dtype: str) -> None:
-    given = prompts([1, 16, 33, 100, 200], seed=8)
-    ours = serving.run(given, [1] * len(given), logprobs=5)
-    theirs = oracle_rig.Serving(checkpoint).run(given, 1, logprobs=20)
-    for prompt, mine, reference in zip(given, ours, theirs, strict=True):
-        (found,), (expected,) = mine.logprobs, reference.logprobs
-        likely = dict(zip(expected.top_ids, expected.top_logprobs, strict=True))
-        # The least likely of our five may be none of theirs; the first three are.
-        for token, logprob in list(zip(found.top_ids, found.top_logprobs, strict=True))[:3]:
-            assert abs(logprob - likely[token]) < 2 * ROUNDING[dtype], len(prompt)
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 100, 129, 200, 300, 450]
+"""Chunks, odd ends and whole pages, in steps of 256 tokens."""
+
+
+def test_log_probabilities_are_as_near_the_exact_ones_as_those_of_transformers(
+    serving: Serving, oracle: RoundedOracle
+) -> None:
+    serving.cache.evict()
+    given = prompts(LENGTHS, seed=12)
+    for cached in (0, 1):
+        answers = serving.run(given, [12] * len(given), logprobs=5)
+        for prompt, answer in zip(given, answers, strict=True):
+            oracle.check_precise(prompt, answer, 12)
+            assert isinstance(answer.end, Generated)
+            # Of the second round, whole pages; the last token is always computed.
+            assert answer.end.usage.cached_tokens == cached * ((len(prompt) - 1) // 16 * 16)
+
+
+def test_log_probabilities_are_those_of_the_cpu(
+    serving: Serving, oracle: RoundedOracle, checkpoint: Path, dtype: Literal["bfloat16", "float16"]
+) -> None:
+    given = prompts(LENGTHS, seed=8)
+    answers = serving.run(given, [9] * len(given), logprobs=5)
+    cpu = oracle_rig.Serving(checkpoint, pages=512, dtype=dtype)
+    for output in (0, 1, 8):
+        # What the GPU said so far is a part of the prompt: so both are asked the same.
+        longer = [np.array([*prompt, *answer.tokens[:output]]) for prompt, answer in zip(given, answers, strict=True)]
+        theirs = cpu.run(longer, 1, logprobs=20)
+        for prompt, mine, reference in zip(longer, answers, theirs, strict=True):
+            found, (expected,) = mine.logprobs[output], reference.logprobs
+            likely = dict(zip(expected.top_ids, expected.top_logprobs, strict=True))
+            # The least likely of our five may be none of their twenty where all are alike; the first three are.
+            mine_three = list(zip(found.top_ids, found.top_logprobs, strict=True))[:3]
+            off = max(abs(logprob - likely[token]) for token, logprob in mine_three)
+            exact, usual = (each.logprobs(prompt, [0])[0, list(likely)] for each in (oracle, oracle.rounded))
+            error = float((usual - exact).square().mean().sqrt())
+            # Both are off, and the largest of a few is some three times what they are off by as a rule.
+            assert off < 6 * max(error, oracle.least), f"{len(prompt)} tokens: {off}, transformers are off by {error}"
 
 
 def test_plain_torch_serves_on_the_gpu(checkpoint: Path) -> None:
@@ -353,6 +416,56 @@ def test_whether_a_step_has_ended_is_seen_without_waiting_for_it(serving: Servin
     assert len(executor.collect().sampled) == 1
     executor.launch(StepPlan(2, (), forgotten=(10**6,)))
     assert executor.collect().sampled == ()
+
+
+def test_a_gpu_that_is_behind_reads_what_was_meant_for_each_step(
+    serving: Serving, oracle: RoundedOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps are in flight, and what the CPU writes for the second may not touch what the first has yet to read."""
+    launch = serving.executor.launch
+
+    def late(plan: StepPlan) -> None:
+        with torch.cuda.stream(serving.executor._stream):
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call, unused-ignore] # 10 ms
+        launch(plan)
+
+    serving.cache.evict()
+    given = prompts([300, 5, 450, 64, 33, 129, 17, 200], seed=13)
+    monkeypatch.setattr(serving.executor, "launch", late)
+    for prompt, answer in zip(given, serving.run(given, [6] * len(given), logprobs=5), strict=True):
+        oracle.check_precise(prompt, answer, 6)
+    serving.cache.evict()
+    for prompt, answer in zip(given, serving.run(given, [6] * len(given)), strict=True):
+        oracle.check_near(prompt, answer, 6)
+
+
+def test_a_step_that_draws_on_the_gpu_waits_for_nothing(serving: Serving) -> None:
+    given = prompts([17, 300, 33], seed=14)
+    for sampling in ({}, {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.01, "seed": 1}):
+        serving.run(given, [4] * 3, **sampling)
+        serving.cache.evict()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            serving.run(given, [12] * 3, **sampling)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_pool_takes_what_the_worst_step_leaves(checkpoint: Path, dtype: str) -> None:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free) / total + 0.06
+    sized = Serving(checkpoint, dtype, pages=None, step_tokens=2048, max_running=64, gpu_memory=share)
+    try:
+        assert sized.executor.memory.total_pages * sized.executor.memory.page_bytes > 0.02 * total
+        # Prompts that fill steps, among decodes of many.
+        given = prompts([100] * 60 + [900] * 8, seed=15)
+        for answer in sized.run(given, [20] * 60 + [3] * 8):
+            assert isinstance(answer.end, Generated)
+        torch.cuda.synchronize()
+        assert total - torch.cuda.mem_get_info()[0] <= share * total
+    finally:
+        sized.executor.close()
 
 
 def test_steps_leave_no_memory_behind(serving: Serving) -> None:
