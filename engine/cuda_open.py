@@ -98,9 +98,9 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     from microserve.engine.cuda_profile import worst_step_bytes
     from microserve.engine.model.cuda_kernels import CudaKernels
 
-    decoder = Decoder(model, weights, CudaKernels(), max_context=max_context)
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
     with first_step(progress):
+        decoder = Decoder(model, weights, CudaKernels(dtype, device), max_context=max_context)
         peak = worst_step_bytes(decoder, shape, device, step_tokens, max_running)
     profiled = time.monotonic()
     # Made later: what graphs leave their logits in, as much for rows that the CPU draws, and float32 of those; and

@@ -14,6 +14,7 @@ import itertools
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,7 @@ _OUTPUTS = 200
 """Tokens of a decode's sequences, whose prompts have 128."""
 QKV, OUTPUT, GATE_UP, DOWN, HEAD = "QKV product", "output product", "gate and up product", "down product", "head"
 ATTENTION, ROTATION, NORM, SILU, REST = "attention", "rotation and KV store", "residual and norm", "SiLU", "the rest"
+SUMS = "split-K sums"
 GAPS = "gaps"
 _KINDS = (
     ("PrefillWith", ATTENTION),
@@ -55,7 +57,7 @@ _KINDS = (
     ("_gated", "product"),
     ("nvjet", "product"),
     ("gemm", "product"),
-    ("splitKreduce", "again"),
+    ("splitKreduce", SUMS),
 )
 _FOLLOWING = {OUTPUT: GATE_UP, GATE_UP: DOWN, DOWN: QKV, QKV: QKV}
 
@@ -77,9 +79,7 @@ def classify(names: Sequence[str]) -> list[str]:
     pending: int | None = None
     """A product that is taken for one of queries, keys and values until another follows without attention."""
     for place, kind in enumerate(kinds):
-        if kind == "again":
-            kinds[place] = product
-        elif kind == ATTENTION:
+        if kind == ATTENTION:
             product, fresh, pending = OUTPUT, True, None
         elif kind == "product":
             product = product if fresh else _FOLLOWING[product]
@@ -127,26 +127,32 @@ def main() -> None:
     parser.add_argument("--decodes", default="1,64,256", help="decode batches (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="of 1,024 in and 256 out (default: %(default)s)")
     parser.add_argument("--names", action="store_true", help="name the kernels of each kind on standard error")
-    args = bench.arguments(parser, repeat=5, warmup=0)
+    args = bench.arguments(parser, repeat=5, warmup=1)
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(write_shape(Path(folder) / args.shape, args.shape))
         layers = SHAPES[args.shape]["num_hidden_layers"]
         for length in map(int, filter(None, args.prompts.split(","))):
-            rounds = args.repeat + 1
-            run.for_a_while(lambda length=length: run.generate(1, length, 1))  # type: ignore[misc]
-            kernels = run.profiled(lambda length=length, rounds=rounds: run.one_by_one(rounds, length))  # type: ignore[misc]
+            prompt = partial(run.generate, 1, length, 1)
+            run.for_a_while(prompt)
+            # A step is counted from its first MLP to the next one's, so the last prompt is the end of the one before.
+            kernels = run.profiled(partial(_again, prompt, args.warmup + args.repeat + 1))
             _tell(bench, args, f"prefill {length}", kernels, layers)
         for batch in map(int, filter(None, args.decodes.split(","))):
-            run.for_a_while(lambda batch=batch: run.generate(batch, 128, _OUTPUTS))  # type: ignore[misc]
-            kernels = run.profiled(lambda batch=batch: run.generate(batch, 128, _OUTPUTS))  # type: ignore[misc]
-            _tell(bench, args, f"decode {batch}", kernels, layers)
+            decodes = partial(run.generate, batch, 128, _OUTPUTS)
+            run.for_a_while(decodes)
+            _tell(bench, args, f"decode {batch}", run.profiled(decodes), layers)
         if args.requests:
-            run.for_a_while(lambda: run.generate(1, _STEP_TOKENS, 1))
-            kernels = run.profiled(lambda: run.generate(args.requests, 1024, 256))
+            run.for_a_while(partial(run.generate, 1, _STEP_TOKENS, 1))
+            kernels = run.profiled(partial(run.generate, args.requests, 1024, 256))
             kinds = classify([kernel.name for kernel in kernels])
-            found = _sum(charge(kernels), kinds, kernels[-1].end - kernels[0].start)
+            found = _sum(charge(kernels), kinds, max(kernel.end for kernel in kernels) - kernels[0].start)
             _rows(bench, args, f"{args.requests} x 1024/256", [found], kernels, kinds)
     bench.finish(args)
+
+
+def _again(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 def _tell(bench: Benchmark, args: argparse.Namespace, name: str, kernels: list[Kernel], layers: int) -> None:
@@ -165,7 +171,7 @@ def _rows(
     kernels: Sequence[Kernel],
     kinds: Sequence[str],
 ) -> None:
-    for kind in (GATE_UP, SILU, DOWN, QKV, OUTPUT, NORM, ATTENTION, ROTATION, HEAD, REST, GAPS):
+    for kind in (GATE_UP, SILU, DOWN, QKV, OUTPUT, SUMS, NORM, ATTENTION, ROTATION, HEAD, REST, GAPS):
         sample = Sample(tuple(step.get(kind, 0.0) for step in steps))
         if sample.high:
             bench.row(f"{name}: {kind}", sample, unit="ms")
@@ -210,10 +216,6 @@ class _Run:
             elif plan is None:
                 return
             self._scheduler.take_outputs()
-
-    def one_by_one(self, count: int, prompt: int) -> None:
-        for _ in range(count):
-            self.generate(1, prompt, 1)
 
     def for_a_while(self, work: Callable[[], None]) -> None:
         """Until the GPU is as warm as it gets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from microserve.engine.model.checkpoint import dummy_weights, load_weights, revision
 from microserve.engine.model.config import read_config
 from microserve.engine.model.random_checkpoint import write_random_checkpoint
+from microserve.engine.plan import Sampled, SequenceStart, Slice, StepPlan
 from microserve.engine.torch_executor import open_torch_executor
 from microserve.runtime.config import EngineConfig
 from microserve.runtime.errors import CheckpointError, ConfigError
+from microserve.runtime.messages import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,3 +177,41 @@ def test_weights_that_are_made_up_are_the_same_in_every_engine(folder: Path) -> 
     assert torch.equal(one.head, two.head)
     assert torch.equal(one.layers[-1].down, two.layers[-1].down)
     assert not torch.equal(one.layers[0].down, one.layers[1].down)
+
+
+def first_token(folder: Path) -> Sampled:
+    """What an executor that makes up its weights says to a prompt of eleven tokens."""
+    executor = open_torch_executor(EngineConfig(model=str(folder), dummy_weights=True, kv_pages=4, page_size=4))
+    sampling = SamplingParams(temperature=0.0, logprobs=20)
+    start = SequenceStart(1, np.empty(0, dtype=np.int32), 0, sampling, 7, executor.model.eos_token_ids)
+    part = Slice(1, np.arange(11, dtype=np.int32), 0, np.array([2, 0, 3], dtype=np.int32), True, 0)
+    executor.launch(StepPlan(1, (part,), (start,), ()))
+    (sampled,) = executor.collect().sampled
+    executor.close()
+    return sampled
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+)
+def test_every_architecture_serves_from_its_config_alone(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
+    whole = write_random_checkpoint(tmp_path / "whole", arch=arch, **changes)
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (whole / "config.json").rename(folder / "config.json")
+    one, two = first_token(folder), first_token(folder)
+    assert one.error is None
+    assert one.logprobs is not None
+    assert one.token == one.logprobs.top_ids[0]
+    assert np.isfinite(one.logprobs.top_logprobs).all()
+    assert one == two, "they are not the same in every engine"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,6 @@ SPARE = 64 << 20
 def taken(device: int) -> int:
     """Bytes of a GPU that are in use, whoever uses them."""
     torch = pytest.importorskip("torch")
-    gc.collect()
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free)
 
@@ -68,7 +66,6 @@ def test_memory_of_a_killed_receiver_comes_back(tmp_path: Path) -> None:
             until = time.monotonic() + 20
             while (kept := taken(last) - before) > SPARE:
                 assert time.monotonic() < until, f"{kept >> 20} MiB are still taken"
-                time.sleep(0.05)
         assert sender.text().count("pushes go straight into the peer's pool") == 2
         assert [answer.done.received_tokens for answer in answers] == [len(PROMPT)] * 2
         assert answers[0].tokens == answers[1].tokens

@@ -79,11 +79,12 @@ def test_decodes_store_their_token_and_attend_to_all_before_it(
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_products_of_few_rows(rows: int, parts: int) -> None:
+@pytest.mark.parametrize("ahead", [0, 128])
+def test_products_of_few_rows(rows: int, parts: int, ahead: int) -> None:
     from microserve.engine.model.cuda_skinny import Tiling, gated, linear, linear_add_norm
 
     torch.manual_seed(0)
-    tiling = Tiling(32, 128, parts=parts)
+    tiling = Tiling(32, 128, parts=parts, ahead=ahead)
     x, residual = (torch.randn(rows, 1024, device=DEVICE).bfloat16() for _ in range(2))
     weight = (torch.randn(1024, 1024, device=DEVICE) / 32).bfloat16()
     bias, norm = torch.randn(1024, device=DEVICE).bfloat16(), torch.rand(1024, device=DEVICE).bfloat16()
@@ -129,6 +130,38 @@ def test_what_the_copy_engine_cannot_read_is_not_for_it() -> None:
     assert not fits(x, weight[:20])
     assert not fits(x.float(), weight.float())
     assert not fits(torch.empty(4, 128, dtype=torch.bfloat16)[:, :64], weight)
+    assert not fits(torch.empty(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64), weight)
+
+
+def test_gate_and_up_are_one_kernel_from_1024_rows_on_and_two_where_it_does_not_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from microserve.engine.model import cuda_gated
+    from microserve.engine.model.cuda_kernels import CudaKernels
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it is for Hopper")
+    torch.manual_seed(0)
+    weight = (torch.randn(512, 256, device=DEVICE) / 16).bfloat16()
+    many, fewer = (torch.randn(rows, 256, device=DEVICE).bfloat16() for rows in (1024, 1023))
+    real, seen = cuda_gated.gated, list[int]()
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(len(x))
+        return real(x, weight)
+
+    kernels = CudaKernels(torch.bfloat16, torch.device(DEVICE, 0))
+    monkeypatch.setattr(cuda_gated, "gated", counted)
+    fused = kernels.gated(many, weight, None)
+    kernels.gated(fewer, weight, None)
+    assert seen == [1024]
+
+    def broken(x: Tensor, weight: Tensor) -> Tensor:
+        raise RuntimeError("another Triton")
+
+    monkeypatch.setattr(cuda_gated, "gated", broken)
+    apart = CudaKernels(torch.bfloat16, torch.device(DEVICE, 0)).gated(many, weight, None)
+    assert relative_error(fused, apart.float()) < 1e-2
 
 
 def test_a_matrix_that_a_tiling_does_not_divide_is_not_for_it() -> None:

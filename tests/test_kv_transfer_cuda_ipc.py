@@ -126,6 +126,25 @@ def test_ucx_is_told_of_no_memory_that_is_mapped(pair: tuple[End, End]) -> None:
         agent.initialize_xfer("WRITE", mine, theirs, "two:2", b"")
 
 
+def test_memory_that_nixl_does_not_take_is_an_error_with_a_reason_that_lasts(pair: tuple[End, End], make: Open) -> None:
+    one, two = pair
+    good = two.transport.metadata()
+    junk = msgspec.msgpack.encode(msgspec.msgpack.decode(good) | {"memory": b"junk"})
+    assert "other metadata than when it was connected" in one.connect(two, junk).error
+    far, near = make("far:3", 3, near=LocalMemory()), make("near:4", 4)
+    far.near.broken = "the GPUs do not reach each other"
+    told = "NIXL does not take the metadata of two:2"
+    assert told in far.connect(two, junk).error
+    assert near.connect(two, junk).error == ""
+    assert near.push(two, [1], [2]).state is PostState.DONE
+    near.near.broken = "no"
+    said = near.begin(two, [1], [2])
+    assert isinstance(said, str)
+    assert told in said
+    near.transport.disconnect("two:2")
+    assert near.connect(two, good).error == said, "NIXL has lost it for good, and says no more than INVALID_PARAM"
+
+
 def test_disconnecting_ends_copies_first_and_they_are_never_told(pair: tuple[End, End]) -> None:
     one, two = pair
     post = one.begin(two, [1], [2])

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from tests.transfer_child import Child
 
@@ -171,3 +172,28 @@ def test_pages_go_from_gpu_to_gpu(start: Start) -> None:
         assert side.hear("arrived") == {"arrived": "hello", "peer": "one:1"}
         assert side.digest([10, 11, 40, 41, 0]) == one.digest([5, 6, 7, 20, 9])
     assert two.digest([3, 4]) == before
+
+
+@pytest.mark.gpu
+def test_ucx_carries_scattered_pages_from_gpu_to_gpu_and_no_others(start: Start) -> None:
+    """Where pools cannot be mapped. Between two GPUs where there are two, and between two processes on one."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    devices = ("cuda:0", f"cuda:{torch.cuda.device_count() - 1}")
+    one, two = (
+        start(name, seed=seed, pages=MANY, device=device, maps=False)
+        for name, seed, device in zip(("one:1", "two:2"), (1, 2), devices, strict=True)
+    )
+    report = one.connect(two)
+    assert (report["transport"], report["error"], report["mapped"]) == ("cuda_ipc", "", False)
+    places = np.random.default_rng(3).permutation(MANY)
+    source, target = places[:200].tolist(), places[100:300].tolist()
+    others = sorted(set(range(MANY)) - set(target))
+    before = two.digest(others)
+    one.tell("push", peer="two:2", source=source, target=target, note="all")
+    assert one.hear("posted")["posted"] == 200 * PAGE
+    assert one.hear("pushed") == {"pushed": "done", "error": ""}
+    assert two.hear("arrived") == {"arrived": "all", "peer": "one:1"}
+    assert two.digest(target) == one.digest(source)
+    assert two.digest(others) == before

@@ -1,6 +1,6 @@
 """A process with a NIXL transport, told what to do by JSON lines on its standard input: one end of a real link.
 
-python -m tests.transfer_child NAME DEVICE CONNECT_LIMIT PAGES PAGE_BYTES SEED
+python -m tests.transfer_child NAME DEVICE CONNECT_LIMIT PAGES PAGE_BYTES SEED MAPS
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOOK = 0.0002
 
 
 class _Child:
-    def __init__(self, name: str, device: str, limit: float, pages: int, page_bytes: int, seed: int) -> None:
+    def __init__(self, name: str, device: str, limit: float, pages: int, page_bytes: int, seed: int, maps: int) -> None:
         self.pool: Any
         if device == "cpu":
             self.pool = np.random.default_rng(seed).integers(0, 256, (pages, page_bytes), dtype=np.uint8)
@@ -46,7 +46,8 @@ class _Child:
             torch.cuda.synchronize(device)
             address = self.pool.data_ptr()
         memory = KvMemory(address, page_bytes, pages, device=device, owner=self.pool)
-        self.transport = NixlTransport(memory, name, near=near_memory(memory), connect_limit=limit)
+        near = near_memory(memory) if maps else None
+        self.transport = NixlTransport(memory, name, near=near, connect_limit=limit)
         self.connecting: dict[str, Connecting] = {}
         self.posts: list[Post] = []
         self.still = False
@@ -152,9 +153,11 @@ class Child:
         env: Mapping[str, str],
         device: str = "cpu",
         limit: float = LIMIT,
+        maps: bool = True,
     ) -> None:
+        """`maps`: whether it maps pools of peers, and lets its own be mapped; else UCX carries every page."""
         self.name = name
-        numbers = [str(limit), str(pages), str(page_bytes), str(seed)]
+        numbers = [str(limit), str(pages), str(page_bytes), str(seed), str(int(maps))]
         command = [sys.executable, "-m", "tests.transfer_child", name, device, *numbers]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, env=dict(env)
@@ -207,4 +210,4 @@ class Child:
 
 
 if __name__ == "__main__":
-    _Child(sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(int, sys.argv[4:7])).run()
+    _Child(sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(int, sys.argv[4:8])).run()

@@ -1,10 +1,10 @@
 """Gate and up products of many rows, and their activation, in one kernel: Gluon, for Hopper.
 
-cuBLAS writes a product of twice the MLP's width to memory and another kernel reads it again: a tenth of what a layer's
-MLP takes, and power that products want. Here, each program is three parts, which wait for each other at barriers in
-shared memory alone. One warp asks the copy engine (TMA) for tiles of x and of both matrices. Two groups of four warps
-multiply 64 rows each with as many columns of gate as of up, so that a thread has what the activation needs. A program
-takes one tile after the other: what the next one needs is on its way while the last one is finished.
+cuBLAS writes a product of twice the MLP's width to memory and another kernel reads it again, which takes time, and
+power that products want (figures: perf/RESULTS.md). Here, each program is three parts, which wait for each other at
+barriers in shared memory alone. One warp asks the copy engine (TMA) for tiles of x and of both matrices. Two groups of
+four warps multiply 64 rows each with as many columns of gate as of up, so that a thread has what the activation needs.
+A program takes one tile after the other: what the next one needs is on its way while the last one is finished.
 """
 
 from __future__ import annotations
@@ -39,15 +39,11 @@ _GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the copy engine can read them, and write the result."""
+    """Whether the copy engine can read them and write the result: rows that begin at multiples of 16 bytes."""
     two_bytes = x.dtype in _GL_DTYPES and weight.dtype == x.dtype
-    # Rows begin at multiples of 16 bytes.
-    return (
-        two_bytes
-        and weight.is_contiguous()
-        and x.stride() == (weight.shape[1], 1)
-        and not any(each % 8 for each in (weight.shape[0] // 2, weight.shape[1]))
-    )
+    whole = weight.is_contiguous() and x.stride() == (weight.shape[1], 1)
+    multiples = weight.shape[0] % 16 == 0 == weight.shape[1] % 8
+    return two_bytes and whole and multiples and x.data_ptr() % 16 == 0 == weight.data_ptr() % 16
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:

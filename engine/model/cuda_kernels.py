@@ -1,4 +1,4 @@
-"""What the decoder computes with on an NVIDIA GPU: FlashInfer's fused kernels, and one of ours in Triton.
+"""What the decoder computes with on an NVIDIA GPU: cuBLAS, FlashInfer's fused kernels, and our own.
 
 Imported on a GPU machine alone.
 """
@@ -33,12 +33,13 @@ _MANY = 1024
 
 
 class CudaKernels:
-    """Implements `Kernels`: cuBLAS and FlashInfer, but kernels of our own for the few rows of small decode steps."""
+    """Implements `Kernels`: cuBLAS and FlashInfer, but kernels of our own for the few rows of small decode steps, and
+    for gate and up of many."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         # What their launches need began with Hopper.
-        self._overlap = torch.cuda.get_device_capability() >= (9, 0)
-        self._many = _gated_of_many()
+        self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._many = _gated_of_many(dtype, device)
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight
@@ -73,11 +74,8 @@ class CudaKernels:
         if self._is_skinny(x) and bias is None and skinny.fits(weight, tiling, gated=True):
             return skinny.gated(x, weight, tiling)
         if self._many is not None and len(x) >= _MANY and bias is None and self._many.fits(x, weight):
-            try:
-                return self._many.gated(x, weight)  # type: ignore[no-any-return]
-            except Exception as error:  # another Triton may not know what it is written in
-                _log.warning("gate and up are computed in two kernels", reason=repr(error))
-                self._many = None
+            fused: Tensor = self._many.gated(x, weight)
+            return fused
         product: Tensor = flashinfer.activation.silu_and_mul(functional.linear(x, weight, bias))
         return product
 
@@ -85,13 +83,18 @@ class CudaKernels:
         return self._overlap and x.shape[0] <= skinny.MOST_ROWS
 
 
-def _gated_of_many() -> Any:
-    """`cuda_gated`, where it can be had."""
-    if torch.cuda.get_device_capability() != (9, 0):
+def _gated_of_many(dtype: torch.dtype, device: torch.device) -> Any:
+    """`cuda_gated`, where it works: what it is written in is not a part of Triton for good, and is for Hopper."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
         return None
     try:
         from microserve.engine.model import cuda_gated
-    except Exception as error:  # what it is written in is not a part of Triton for good
+
+        # Every model's sizes are multiples of sixteen, so this compiles what they will use.
+        x, weight = (torch.ones(rows, 64, dtype=dtype, device=device) for rows in (16, 32))
+        cuda_gated.gated(x, weight)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever it was, two kernels do
         _log.warning("gate and up are computed in two kernels", reason=repr(error))
         return None
     return cuda_gated

@@ -90,8 +90,8 @@ class Transport(Protocol):
         """Begins to make and warm the connection to `peer`, and to probe what it is. Again for a known peer: measures
         again.
 
-        The peer has to call `arrivals` meanwhile. The probe writes into no page of the peer's that holds anything: into
-        the scratch area that its metadata names. Our own name needs no connection.
+        The peer has to call `arrivals` meanwhile. The probe writes into no page of the peer's, but where its metadata
+        says that nothing lies. Our own name needs no connection.
         """
         ...
 

@@ -95,7 +95,7 @@ class NixlPost:
 
 
 class NixlTransport:
-    """Implements `Transport`. One agent, with the pool, a scratch area and a page of host memory registered.
+    """Implements `Transport`. One agent, with the pool, a scratch area and 8 KiB of host memory registered.
 
     The agent bears our incarnation's name, `me`: peers refuse metadata that changes under a name. `devices` is
     UCX_NET_DEVICES: the network devices that may be used; "lo" keeps to this host.
@@ -129,6 +129,8 @@ class NixlTransport:
         self._mapped = MappedPeers(near)
         self._written: set[str] = set()
         """Peers whose memory UCX knows."""
+        self._broken: dict[str, str] = {}
+        """Peers that NIXL has lost, and why."""
         self._left: list[NixlPost | CopyPost] = []
         """Posts that count as failed and that are still worked on."""
         self._closed = False
@@ -197,17 +199,39 @@ class NixlTransport:
         ours = self._metadata
         if theirs.page_bytes != ours.page_bytes:
             return f"{peer} has pages of {theirs.page_bytes} bytes, we of {ours.page_bytes}"
-        if peer != self.me:
-            try:
-                found = self._agent.add_remote_agent(theirs.agent)
-            except Exception as error:  # its errors have no base of their own
-                return f"NIXL does not take the metadata of {peer}: {error!r}"
-            if (named := found.decode() if isinstance(found, bytes) else found) != peer:
-                self._forget_agent(named)
-                return f"the metadata is that of {named}, not of {peer}"
+        if self._peers.get(peer, theirs) != theirs:
+            return f"{peer} has other metadata than when it was connected"
+        if (broken := self._broken.get(peer)) is not None:
+            return broken
+        if peer != self.me and (refused := self._load(peer, theirs.agent)):
+            return refused
         self._peers[peer] = theirs
         if peer != self.me and theirs.shared is not None and theirs.host == ours.host:
             self._mapped.map(peer, theirs.shared)
+        return "" if peer in self._mapped else self._learn(peer)
+
+    def _learn(self, peer: str) -> str:
+        """Tells UCX of the memory of a peer that is known. Why it cannot write there; empty when it can."""
+        if peer == self.me or peer in self._written:
+            return ""
+        if error := self._load(peer, self._peers[peer].memory):
+            # NIXL then knows nothing of this peer any more, and takes nothing of it under that name again.
+            self._broken[peer] = error
+            _log.warning("nothing can be pushed to a peer until one of us starts anew", peer=peer, reason=error)
+            return error
+        self._written.add(peer)
+        return ""
+
+    def _load(self, peer: str, metadata: bytes) -> str:
+        """Why NIXL does not take these words of `peer`; empty when it does."""
+        try:
+            found = self._agent.add_remote_agent(metadata)
+        except Exception as error:  # its errors have no base of their own
+            return f"NIXL does not take the metadata of {peer}: {error!r}"
+        if (named := found.decode() if isinstance(found, bytes) else found) != peer:
+            if named not in self._peers:
+                self._forget_agent(named)
+            return f"the metadata is that of {named}, not of {peer}"
         return ""
 
     def unmap(self, peer: str) -> None:
@@ -239,9 +263,7 @@ class NixlTransport:
         if warm and peer in self._mapped:
             here = descriptors(found, 0, self._greeting, size, 0)
             return self._write(peer, here, descriptors(found, 1, theirs.greeting, size, 0), ("DRAM", "DRAM"), _PROBE)
-        if warm:
-            return self._post(peer, found, self._scratch, theirs.scratch, size, _PROBE)
-        made = self._mapped.copy(peer, found, self._scratch, SCRATCH, size, _PROBE)
+        made = None if warm else self._mapped.copy(peer, found, self._scratch, SCRATCH, size, _PROBE)
         return made or self._post(peer, found, self._scratch, theirs.scratch, size, _PROBE)
 
     def kind(self, peer: str) -> str:
@@ -291,12 +313,8 @@ class NixlTransport:
         theirs = self._metadata if peer == self.me else self._peers[peer]
         ours = descriptors(found, 0, here, page_bytes, self._device)
         others = descriptors(found, 1, there, page_bytes, theirs.device)
-        if peer not in self._written and peer != self.me:
-            try:
-                self._agent.add_remote_agent(theirs.memory)
-            except Exception as error:  # its errors have no base of their own
-                return _describe(peer, error)
-            self._written.add(peer)
+        if error := self._learn(peer):
+            return error
         return self._write(peer, ours, others, (self._segment, theirs.segment), notification)
 
     def _write(
@@ -390,11 +408,11 @@ class NixlTransport:
         self._bind()
         for peer in list(self._peers):
             self.disconnect(peer)
-        try:
-            for each in self._registered:
+        for each in self._registered:
+            try:
                 self._agent.deregister_memory(each)
-        except Exception as error:  # its errors have no base of their own; the process goes on without it
-            _log.debug("NIXL did not let go of the pool", error=repr(error))
+            except Exception as error:  # its errors have no base of their own; the process goes on without it
+                _log.debug("NIXL did not let go of memory", error=repr(error))
         self._left.clear()
         del self._agent
         self._tell_warnings()
