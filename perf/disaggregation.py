@@ -27,6 +27,7 @@ from microserve.runtime.ids import Peer, new_epoch
 from microserve.runtime.messages import (
     Announce,
     CacheEvict,
+    CacheEvicted,
     Generated,
     Heartbeat,
     Info,
@@ -56,6 +57,8 @@ _PAUSE = 5e-3
 """Seconds that GPUs rest before a copy, as they do before a push that is measured: an idle link takes time to wake."""
 _PAGE_BYTES = 2 << 20
 """16 tokens of an 8B in bf16, the only shape there is."""
+_SPARE_PAGES = 8
+"""Pages that no prompt takes when a pool is filled: whoever is admitted finds a free one, and evicts nothing."""
 
 
 def main() -> None:
@@ -368,14 +371,19 @@ class _Pair:
         return 1e3 * (seconds[2] - seconds[1]) / (256 - 32)
 
     async def fragment(self, pages: int) -> None:
-        """Leaves every second page free, in both pools."""
+        """Leaves every second page free, in both pools of so many pages; but for the last few, which are all free."""
         for client in (self._sender, self._receiver):
             await client.call(CacheEvict())
-            prompts = [self._prompt(17) for _ in range(pages - 200)]
+            # A prompt is a page: the KV of its one output token is never computed, and takes no second one. An empty
+            # pool gives its pages away in order, and requests are admitted in the order in which they come, though 64
+            # run at once: prompts lie side by side as in this list.
+            prompts = [self._prompt(16) for _ in range(pages - _SPARE_PAGES)]
             for begin in range(0, len(prompts), 64):
                 await asyncio.gather(*[self._generate(client, each) for each in prompts[begin : begin + 64]])
             for each in prompts[::2]:
-                await client.call(CacheEvict(prompt=each[:64]))
+                reply = await client.call(CacheEvict(prompt=each))
+                if not isinstance(reply, CacheEvicted) or reply.pages != 1:
+                    raise RuntimeError(f"a prompt of one page was not cached as such: {reply!r}")
 
     async def evict(self) -> None:
         """Empties both prefix trees."""

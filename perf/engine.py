@@ -3,23 +3,27 @@
 Prompts are random token ids, weights are made up, sampling is greedy unless `--temperature` says otherwise, the end
 token is ignored, and everything goes over the bus: the figures hold for what a router sees. Decode is the slope between
 32 and 256 outputs. With `--limits`, what the GPU can do at best is measured first, and beside each figure stands the
-least that the shape leaves it.
+least that the shape leaves it. With `--logprobs` or `--repetition-penalty`, every row is one that the GPU's executor
+draws on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from microserve.runtime.codec import pack_tokens
 from microserve.runtime.ids import Peer, new_epoch
@@ -31,8 +35,9 @@ from perf.limits import measured, work_of
 from perf.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
+    from microserve.runtime.messages import EngineInfo
     from microserve.runtime.rpc import IncomingCall, RpcClient
     from perf.limits import Rates, Work
 
@@ -76,6 +81,8 @@ def main() -> None:
     parser.add_argument("--executor", choices=("cuda", "torch"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--logprobs", type=int, help="of so many tokens beside the chosen one (default: none)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (default: %(default)s)")
     parser.add_argument("--limits", action="store_true", help="measure the GPU's limits first (perf.roofline)")
     parser.add_argument("--flags", default="", help="further flags of the engine, separated by spaces")
     args = bench.arguments(parser, repeat=3, warmup=1)
@@ -137,21 +144,19 @@ class _Router:
 
 
 async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
-    bus = ZmqBus(Peer("router", "perf", new_epoch()))
-    router = _Router()
-    listener = await bus.listen("tcp://127.0.0.1:*", router.server)
-    command = [sys.executable, "-P", "-m", "microserve.engine", "--model", str(model), "--dummy-weights"]
     # The sizes of steps are those that an engine takes by itself.
-    command += ["--executor", args.executor, "--device", "cuda:0", "--max-context", "16384"]
-    command += ["--routers", listener.endpoint, "--engine-id", "perf", *args.flags.split()]
-    began = time.perf_counter()
-    process = await asyncio.create_subprocess_exec(*command, env=os.environ)
-    try:
-        announced = await _announced(router, process)
-        ready = time.perf_counter() - began
-        table.start(Sample((ready,)))
-        client = await connect(bus, announced.info.endpoint)
-        load = _Load(client, announced.info.model.vocab_size, args.temperature, args.top_p)
+    flags = ["--model", str(model), "--dummy-weights", "--executor", args.executor, "--device", "cuda:0"]
+    flags += ["--max-context", "16384", *args.flags.split()]
+    sampling = SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        logprobs=args.logprobs,
+        ignore_eos=True,
+    )
+    async with started(flags) as engine:
+        table.start(Sample((engine.seconds,)))
+        load = _Load(engine.client, engine.info.model.vocab_size, sampling)
         await load.generate(8, _PROMPT, 16)
         for batch in map(int, filter(None, args.batches.split(","))):
             steps = [await load.decode_step(batch, args.behind) for _ in range(args.repeat)]
@@ -162,8 +167,34 @@ async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
         if args.requests:
             seconds = await load.generate(args.requests, 1024, 256)
             table.throughput(args.requests, 1024, 256, Sample((args.requests * 256 / seconds,)))
-        stats = await client.call(Stats())
+        stats = await engine.client.call(Stats())
         print(json.dumps({"integrity": getattr(stats, "integrity", "?")}), file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An engine that serves."""
+
+    client: RpcClient
+    info: EngineInfo
+    seconds: float
+    """From the start of its process until it announced itself."""
+
+
+@contextlib.asynccontextmanager
+async def started(flags: Sequence[str]) -> AsyncIterator[Started]:
+    """An engine process with these flags, from when it is ready; on the way out it is told to end, and has ended."""
+    bus = ZmqBus(Peer("router", "perf", new_epoch()))
+    router = _Router()
+    listener = await bus.listen("tcp://127.0.0.1:*", router.server)
+    command = [sys.executable, "-P", "-m", "microserve.engine", *flags]
+    command += ["--routers", listener.endpoint, "--engine-id", "perf"]
+    began = time.perf_counter()
+    process = await asyncio.create_subprocess_exec(*command, env=os.environ)
+    try:
+        announced = await _announced(router, process)
+        ready = time.perf_counter() - began
+        yield Started(await connect(bus, announced.info.endpoint), announced.info, ready)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
@@ -177,7 +208,7 @@ async def _announced(router: _Router, process: asyncio.subprocess.Process) -> An
         ends: set[asyncio.Future[Any]] = {router.announced, ended}
         await asyncio.wait(ends, timeout=300, return_when=asyncio.FIRST_COMPLETED)
         if not router.announced.done():
-            raise SystemExit("perf.engine: the engine did not start; it says why above")
+            raise SystemExit("the engine did not start; it says why above")
         return router.announced.result()
     finally:
         ended.cancel()
@@ -186,10 +217,9 @@ async def _announced(router: _Router, process: asyncio.subprocess.Process) -> An
 class _Load:
     """Sends requests to one engine and waits for their ends."""
 
-    def __init__(self, client: RpcClient, vocabulary: int, temperature: float, top_p: float) -> None:
+    def __init__(self, client: RpcClient, vocabulary: int, sampling: SamplingParams) -> None:
         self._client = client
-        self._temperature = temperature
-        self._top_p = top_p
+        self._sampling = sampling
         self._random = np.random.default_rng(0)
         self._vocabulary = vocabulary
         self._number = 0
@@ -212,9 +242,11 @@ class _Load:
     def _body(self, prompt: int, output: int) -> StartGenerate:
         self._number += 1
         ids = self._random.integers(0, self._vocabulary, prompt)
-        sampling = SamplingParams(max_tokens=output, temperature=self._temperature, top_p=self._top_p, ignore_eos=True)
         return StartGenerate(
-            request_id=f"r{self._number}", sub_id=f"s{self._number}", prompt=pack_tokens(ids), sampling=sampling
+            request_id=f"r{self._number}",
+            sub_id=f"s{self._number}",
+            prompt=pack_tokens(ids),
+            sampling=replace(self._sampling, max_tokens=output),
         )
 
 

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: the tests marked `gpu`, then every benchmark of this machine's GPUs.
 
-    python -m perf.gpu --out results            # all of it: a quarter of an hour on one GPU, 2 min more on two
+    python -m perf.gpu --out results            # all of it: some 17 min on one GPU, 2 min more on two
     python -m perf.gpu --only tests,engine
 
 A step that fails or takes too long is told, and the next one begins. DIR gets the log of every step, the rows of every
@@ -50,6 +50,7 @@ STEPS = (
     Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 600, rows=False),
     Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
+    Step("loading", ("perf.loading",), 180),
     Step("kernels", ("perf.kernels",), 150),
     Step("plain", ("perf.engine", *_PLAIN), 150),
     Step("serving", ("perf.serving", *_SERVED, "--rates", "4,16", "--requests", "120", "--repeat", "1"), 180),
