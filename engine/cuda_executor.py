@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, lay, step_arrays, table_room
-from microserve.engine.cuda_sampler import Draws, greedy, on_device
+from microserve.engine.cuda_sampler import MOST_LOGPROBS, Draws, greedy, log_probabilities, on_device
 from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.executor import DeviceLost
 from microserve.engine.model.cuda_draw import draw
@@ -31,7 +31,7 @@ from microserve.engine.plan import Sampled, StepPlan, StepResult
 from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
 from microserve.runtime.log import get_logger
-from microserve.runtime.messages import Layout, ModelInfo
+from microserve.runtime.messages import Layout, ModelInfo, TokenLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,6 +72,11 @@ class _Flight:
     host_slots: Tensor | None
     drawn: dict[int, Sampled] | None = None
     """What the CPU drew, by row."""
+    told: list[tuple[int, int]] = field(default_factory=list)
+    """Samples that are told with log probabilities, and of how many tokens beside the chosen one."""
+    values: Tensor | None = None
+    ids: Tensor | None = None
+    """Pinned, of `told`: as `log_probabilities` gives them, once `done`."""
 
 
 class CudaExecutor:
@@ -100,7 +105,9 @@ class CudaExecutor:
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
         self._host_drawn: set[int] = set()
-        """Sequences whose tokens are drawn on the CPU. Every other one is greedy."""
+        """Sequences whose tokens are drawn on the CPU."""
+        self._told: dict[int, int] = {}
+        """Of the others, those that are told with log probabilities, and of how many tokens beside the chosen one."""
         # Those that run, those that ended in a step in flight, sends, and one for padding.
         self._slot_count = 4 * max_running + 64
         self._free_slots = list(range(self._slot_count - 1))
@@ -120,6 +127,9 @@ class CudaExecutor:
         self._planning = _pinned_pair(3 * (2 * max_running + 8))
         self._columns = _pinned_pair(7 * max_running, torch.float64)
         self._device_columns = torch.empty(7 * max_running, dtype=torch.float64, device=device)
+        self._values = _pinned_pair((1 + MOST_LOGPROBS) * max_running, torch.float32)
+        self._top_ids = _pinned_pair(MOST_LOGPROBS * max_running)
+        self._rows = _pinned_pair(max_running, torch.int64)
         self._make_graph_buffers(max_running, tables)
         self._segments = SegmentGraphs(decoder, self._device_staging, self._ids, step_tokens)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
@@ -224,6 +234,12 @@ class CudaExecutor:
         ]
         for row, drawn in (flight.drawn or {}).items():
             sampled[row] = drawn
+        if flight.values is not None and flight.ids is not None:
+            for (row, count), values, ids in zip(flight.told, flight.values.tolist(), flight.ids.tolist(), strict=True):
+                given = sampled[row]
+                if given.error is None:
+                    logprobs = TokenLogprobs(values[0], ids[:count], values[1 : 1 + count])
+                    sampled[row] = Sampled(given.sequence, given.token, logprobs)
         return StepResult(flight.step, tuple(sampled))
 
     def close(self) -> None:
@@ -239,8 +255,11 @@ class CudaExecutor:
         if not on_device(start.sampling):
             self._host_drawn.add(sequence)
             self._sampler.start(start)
-        elif start.sampling.temperature > 0.0:
+            return
+        if start.sampling.temperature > 0.0:
             self._draws.start(self._slots[sequence], start.sampling, start.seed)
+        if start.sampling.logprobs is not None:
+            self._told[sequence] = start.sampling.logprobs
 
     def _forget(self, sequence: int) -> None:
         slot = self._slots.pop(sequence, None)
@@ -248,6 +267,7 @@ class CudaExecutor:
             self._free_slots.append(slot)
             self._draws.forget(slot)
         self._host_drawn.discard(sequence)
+        self._told.pop(sequence, None)
         self._sampler.forget(sequence)
 
     # --- decodes alone -----------------------------------------------------------------------------------------------
@@ -421,8 +441,27 @@ class CudaExecutor:
             host_slots = torch.from_numpy(arrays.sampled_slots[host].astype(np.int64))
         result.copy_(tokens[:count], non_blocking=True)
         done = self._done[self._parity]
+        flight = _Flight(step, arrays.samples, result, done, host, host_logits, host_slots)
+        if self._told:
+            self._tell(flight, logits, tokens)
         done.record(self._stream)
-        return _Flight(step, arrays.samples, result, done, host, host_logits, host_slots)
+        return flight
+
+    def _tell(self, flight: _Flight, logits: Tensor, tokens: Tensor) -> None:
+        """Sends log probabilities on their way, of the rows that are told with them."""
+        told = self._told
+        flight.told = [(row, told[sequence]) for row, (sequence, _) in enumerate(flight.samples) if sequence in told]
+        if not flight.told:
+            return
+        count = len(flight.told)
+        rows = self._rows[self._parity][:count]
+        rows.numpy()[:] = [row for row, _ in flight.told]
+        most = min(max(wanted for _, wanted in flight.told), logits.shape[1])
+        values, ids = log_probabilities(logits, tokens, rows.to(self._device, non_blocking=True), most)
+        flight.values = self._values[self._parity][: values.numel()].view(values.shape)
+        flight.ids = self._top_ids[self._parity][: ids.numel()].view(ids.shape)
+        flight.values.copy_(values, non_blocking=True)
+        flight.ids.copy_(ids, non_blocking=True)
 
     def _draw_on_host(self, flight: _Flight) -> None:
         """Draws the rows that need the CPU, and puts their tokens where the next step finds them."""

@@ -1,7 +1,8 @@
-"""Sampling on the GPU without waiting for it: greedy, temperature, top-k, top-p and min-p (drawn by `cuda_draw`).
+"""Sampling on the GPU without waiting for it: greedy, temperature, top-k, top-p and min-p (drawn by `cuda_draw`), and
+log probabilities.
 
-Penalties, biases, `min_tokens` and log probabilities need what a sequence said so far: those rows are sampled by the
-CPU's `Sampler`, and the step after them waits for it.
+Penalties, biases and `min_tokens` need what a sequence said so far: those rows are sampled by the CPU's `Sampler`, and
+the step after them waits for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from microserve.engine.sampler import COLDEST, uniform_array
 
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 
 _GREEDY_PARTS = 64
 _GREEDY_MOST = 4096
+_ROWS_AT_ONCE = 64
+"""Whose log probabilities are computed together: each takes some copies of its logits in float32."""
+MOST_LOGPROBS = 20
+"""Tokens beside the chosen one, as messages allow."""
 
 
 def on_device(sampling: SamplingParams) -> bool:
     """Whether rows of these settings can be sampled without the CPU."""
     return (
-        sampling.logprobs is None
-        and not sampling.logit_bias
+        not sampling.logit_bias
         and sampling.min_tokens == 0
         and sampling.repetition_penalty == 1.0
         and sampling.presence_penalty == 0.0
@@ -51,6 +56,22 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     values, places = logits.view(rows, parts, vocab // parts).max(dim=-1)
     best, part = values.max(dim=-1)
     return best, places.gather(1, part.unsqueeze(1)).squeeze(1) + part * (vocab // parts)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of some `rows` (int64 [n]) of `logits` [rows, vocab], before any setting: float32 [n, 1 + most], the one of its
+    token in `tokens` int32 [rows] (whichever, where that is -1) and the `most` largest, and whose those are, int32
+    [n, most]."""
+    values, ids = [], []
+    for begin in range(0, rows.shape[0], _ROWS_AT_ONCE):
+        part = rows[begin : begin + _ROWS_AT_ONCE]
+        wide = logits.index_select(0, part).float()
+        chosen = tokens.index_select(0, part).long().clamp_(min=0)
+        best, places = wide.topk(most, dim=-1)
+        found = torch.cat((wide.gather(1, chosen.unsqueeze(1)), best), dim=1)
+        values.append(found - wide.logsumexp(dim=-1, keepdim=True))
+        ids.append(places.int())
+    return torch.cat(values), torch.cat(ids)
 
 
 class Draws:

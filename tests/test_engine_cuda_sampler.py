@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from microserve.engine.cuda_sampler import Draws, greedy, on_device
+from microserve.engine.cuda_sampler import Draws, greedy, log_probabilities, on_device
 from microserve.engine.sampler import COLDEST, uniforms
 from microserve.runtime.messages import SamplingParams
 
@@ -44,7 +44,8 @@ def test_a_slot_that_is_forgotten_draws_no_more_and_its_next_sequence_draws_its_
     ("settings", "here"),
     [
         ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),
-        ({"logprobs": 0}, False),
+        ({"logprobs": 20}, True),
+        ({"logprobs": 0, "min_tokens": 1}, False),
         ({"logit_bias": {3: 1.0}}, False),
         ({"min_tokens": 1}, False),
         ({"repetition_penalty": 1.1}, False),
@@ -63,3 +64,24 @@ def test_the_greedy_choice_is_the_first_of_the_largest(rows: int, vocab: int) ->
     best, ids = greedy(logits)
     assert torch.equal(best, logits.amax(dim=-1))
     assert ids.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 130])
+def test_log_probabilities_are_those_of_the_rows_that_are_told_before_any_setting(count: int) -> None:
+    torch.manual_seed(0)
+    # No two values of a row are equal: whose turn it is among equals, nobody says.
+    logits = torch.stack([torch.randperm(300) for _ in range(150)]).float() / 7
+    tokens = torch.randint(0, 300, (150,), dtype=torch.int32)
+    rows = torch.randperm(150)[:count]
+    tokens[rows[0]] = -1
+    values, ids = log_probabilities(logits, tokens, rows, 5)
+    exact = torch.log_softmax(logits[rows].double(), dim=-1)
+    best, places = exact.topk(5)
+    assert (values.dtype, ids.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(ids, places.int())
+    torch.testing.assert_close(values[:, 1:].double(), best, atol=1e-5, rtol=0)
+    chosen = exact.gather(1, tokens[rows].long().clamp(min=0).unsqueeze(1))
+    torch.testing.assert_close(values[:, :1].double(), chosen, atol=1e-5, rtol=0)
+    alone = log_probabilities(logits, tokens, rows, 0)
+    assert (tuple(alone[0].shape), tuple(alone[1].shape)) == ((count, 1), (count, 0))
+    torch.testing.assert_close(alone[0], values[:, :1])
