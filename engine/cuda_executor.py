@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from microserve.engine.cuda_adjust import Adjustments
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
 from microserve.engine.cuda_inputs import StepArrays, ladder, lay, step_arrays, table_room
-from microserve.engine.cuda_sampler import MOST_LOGPROBS, Draws, greedy, log_probabilities, on_device
+from microserve.engine.cuda_sampler import MOST_LOGPROBS, ROWS_AT_ONCE, Draws, greedy, log_probabilities, plain
 from microserve.engine.cuda_segments import SegmentGraphs
 from microserve.engine.executor import DeviceLost
 from microserve.engine.model.cuda_draw import draw
 from microserve.engine.plan import Sampled, StepPlan, StepResult
-from microserve.engine.sampler import Sampler
 from microserve.runtime.errors import InternalError
 from microserve.runtime.log import get_logger
 from microserve.runtime.messages import Layout, ModelInfo, TokenLogprobs
@@ -66,12 +66,6 @@ class _Flight:
     tokens: Tensor
     """Pinned int32 [samples]: the tokens, once `done`; -1 where the logits were no numbers."""
     done: Any
-    host_rows: list[int]
-    """Samples that the CPU draws, from `host_logits`."""
-    host_logits: Tensor | None
-    host_slots: Tensor | None
-    drawn: dict[int, Sampled] | None = None
-    """What the CPU drew, by row."""
     told: list[tuple[int, int]] = field(default_factory=list)
     """Samples that are told with log probabilities, and of how many tokens beside the chosen one."""
     values: Tensor | None = None
@@ -104,16 +98,16 @@ class CudaExecutor:
         self._attention = PagedAttention(decoder, pool, most_decodes=2 * max_running)
         self._pad_page = pool.total_pages - 1
         self._slots: dict[int, int] = {}
-        self._host_drawn: set[int] = set()
-        """Sequences whose tokens are drawn on the CPU."""
         self._told: dict[int, int] = {}
-        """Of the others, those that are told with log probabilities, and of how many tokens beside the chosen one."""
+        """Sequences that are told with log probabilities, and of how many tokens beside the chosen one."""
         # Those that run, those that ended in a step in flight, sends, and one for padding.
         self._slot_count = 4 * max_running + 64
         self._free_slots = list(range(self._slot_count - 1))
         self._last = torch.zeros(self._slot_count, dtype=torch.int64, device=device)
-        self._sampler = Sampler(decoder.config.vocab_size)
         self._draws = Draws(self._slot_count)
+        """Of sequences whose logits are sampled as they are; and of the others."""
+        self._adjusted_draws = Draws(self._slot_count)
+        self._adjustments = Adjustments(adjusted_room(max_running), decoder.config.vocab_size, device)
         self._flights: deque[_Flight] = deque()
         self._parity = 0
         tables = table_room(max_running, model.max_context, pool.shape.page_size)
@@ -127,6 +121,9 @@ class CudaExecutor:
         self._planning = _pinned_pair(3 * (2 * max_running + 8))
         self._columns = _pinned_pair(7 * max_running, torch.float64)
         self._device_columns = torch.empty(7 * max_running, dtype=torch.float64, device=device)
+        # Six numbers of each that is adjusted, and as above.
+        self._adjusting = _pinned_pair(16 * max_running + 64, torch.float64)
+        self._device_adjusting = torch.empty(16 * max_running + 64, dtype=torch.float64, device=device)
         self._values = _pinned_pair((1 + MOST_LOGPROBS) * max_running, torch.float32)
         self._top_ids = _pinned_pair(MOST_LOGPROBS * max_running)
         self._rows = _pinned_pair(max_running, torch.int64)
@@ -166,7 +163,7 @@ class CudaExecutor:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def launch(self, plan: StepPlan) -> None:
-        """Enqueues a step; waits only for tokens that the CPU has to draw."""
+        """Enqueues a step, and waits for nothing."""
         try:
             self._launch(plan)
         except Exception as error:  # whatever it was, it goes on to the step loop
@@ -183,8 +180,6 @@ class CudaExecutor:
 
     def _launch(self, plan: StepPlan) -> None:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            for flight in self._flights:
-                self._draw_on_host(flight)
             for sequence in plan.forgotten:
                 self._forget(sequence)
             for start in plan.started:
@@ -200,10 +195,6 @@ class CudaExecutor:
             self._flights.append(self._sample(plan.step, arrays, logits, tokens))
             # Not before: after a launch that failed, the other half is still the older step's.
             self._parity ^= 1
-
-    def launch_waits(self) -> bool:
-        """Whether the CPU has tokens to draw, as soon as a step has ended."""
-        return any(flight.host_rows and flight.drawn is None for flight in self._flights)
 
     def ended(self) -> bool:
         """Whether the oldest launched step has ended."""
@@ -224,16 +215,11 @@ class CudaExecutor:
             raise
 
     def _collect(self, flight: _Flight) -> StepResult:
-        if flight.host_rows and flight.drawn is None:
-            with torch.inference_mode(), torch.cuda.stream(self._stream):
-                self._draw_on_host(flight)
         flight.done.synchronize()
         sampled = [
             Sampled(sequence, token) if token >= 0 else Sampled(sequence, 0, error=_NOT_FINITE)
             for (sequence, _), token in zip(flight.samples, flight.tokens.tolist(), strict=True)
         ]
-        for row, drawn in (flight.drawn or {}).items():
-            sampled[row] = drawn
         if flight.values is not None and flight.ids is not None:
             for (row, count), values, ids in zip(flight.told, flight.values.tolist(), flight.ids.tolist(), strict=True):
                 given = sampled[row]
@@ -252,12 +238,12 @@ class CudaExecutor:
         sequence = start.sequence
         if sequence not in self._slots:
             self._slots[sequence] = self._free_slots.pop()
-        if not on_device(start.sampling):
-            self._host_drawn.add(sequence)
-            self._sampler.start(start)
-            return
+        draws = self._draws
+        if not plain(start.sampling):
+            draws = self._adjusted_draws
+            self._adjustments.start(start)
         if start.sampling.temperature > 0.0:
-            self._draws.start(self._slots[sequence], start.sampling, start.seed)
+            draws.start(self._slots[sequence], start.sampling, start.seed)
         if start.sampling.logprobs is not None:
             self._told[sequence] = start.sampling.logprobs
 
@@ -266,9 +252,9 @@ class CudaExecutor:
         if slot is not None:
             self._free_slots.append(slot)
             self._draws.forget(slot)
-        self._host_drawn.discard(sequence)
+            self._adjusted_draws.forget(slot)
+        self._adjustments.forget(sequence)
         self._told.pop(sequence, None)
-        self._sampler.forget(sequence)
 
     # --- decodes alone -----------------------------------------------------------------------------------------------
 
@@ -421,9 +407,6 @@ class CudaExecutor:
         """Replaces the greedy choice where other settings ask for it, and sends the tokens on their way."""
         count = len(arrays.samples)
         result = self._results[self._parity][:count]
-        host: list[int] = []
-        if self._host_drawn:
-            host = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._host_drawn]
         if self._draws:
             columns = self._draws.columns(arrays.sampled_slots, [index for _, index in arrays.samples])
             if columns.size:
@@ -432,20 +415,41 @@ class CudaExecutor:
                 on_gpu = self._device_columns[: columns.size]
                 on_gpu.copy_(staging, non_blocking=True)
                 draw(logits, on_gpu.view(columns.shape), tokens, self._last)
-        host_logits = host_slots = None
-        if host:
-            rows = torch.tensor(host, pin_memory=True).to(self._device, non_blocking=True)
-            wide = logits.index_select(0, rows).float()
-            host_logits = torch.empty(wide.shape, dtype=torch.float32, pin_memory=True)
-            host_logits.copy_(wide, non_blocking=True)
-            host_slots = torch.from_numpy(arrays.sampled_slots[host].astype(np.int64))
+        if self._adjustments:
+            self._adjust(arrays, logits, tokens)
         result.copy_(tokens[:count], non_blocking=True)
         done = self._done[self._parity]
-        flight = _Flight(step, arrays.samples, result, done, host, host_logits, host_slots)
+        flight = _Flight(step, arrays.samples, result, done)
         if self._told:
             self._tell(flight, logits, tokens)
         done.record(self._stream)
         return flight
+
+    def _adjust(self, arrays: StepArrays, logits: Tensor, tokens: Tensor) -> None:
+        """Replaces the choice of rows with penalties, biases or `min_tokens`, some after the other."""
+        rows = [row for row, (sequence, _) in enumerate(arrays.samples) if sequence in self._adjustments]
+        parts = [rows[begin : begin + ROWS_AT_ONCE] for begin in range(0, len(rows), ROWS_AT_ONCE)]
+        columns = []
+        for part in parts:
+            slots, samples = arrays.sampled_slots[part], [arrays.samples[row] for row in part]
+            asked = self._adjustments.columns([sequence for sequence, _ in samples])
+            columns.append(np.concatenate((np.array([part, slots], dtype=np.float64), asked)))
+            columns.append(self._adjusted_draws.columns(slots, [index for _, index in samples]))
+        staging = self._adjusting[self._parity]
+        places, end = lay(staging.numpy(), [each.reshape(-1) for each in columns])
+        self._device_adjusting[:end].copy_(staging[:end], non_blocking=True)
+        sent = [self._device_adjusting[at].view(each.shape) for at, each in zip(places, columns, strict=True)]
+        for part, asked_for, drawn in zip(parts, sent[::2], sent[1::2], strict=True):
+            here, slots_here = asked_for[:2].long()
+            samples = [arrays.samples[row] for row in part]
+            adjusted = self._adjustments.adjusted(logits.index_select(0, here), asked_for[2:], samples)
+            best, ids = greedy(adjusted)
+            chosen = torch.where(torch.isfinite(best), ids, -1).int()
+            self._last.index_copy_(0, slots_here, ids)
+            if drawn.numel():
+                draw(adjusted, drawn, chosen, self._last)
+            tokens.index_copy_(0, here, chosen)
+            self._adjustments.count(asked_for[2:], chosen)
 
     def _tell(self, flight: _Flight, logits: Tensor, tokens: Tensor) -> None:
         """Sends log probabilities on their way, of the rows that are told with them."""
@@ -463,19 +467,6 @@ class CudaExecutor:
         flight.values.copy_(values, non_blocking=True)
         flight.ids.copy_(ids, non_blocking=True)
 
-    def _draw_on_host(self, flight: _Flight) -> None:
-        """Draws the rows that need the CPU, and puts their tokens where the next step finds them."""
-        if not flight.host_rows or flight.drawn is not None or flight.host_logits is None:
-            return
-        flight.done.synchronize()
-        rows = [flight.samples[row] for row in flight.host_rows]
-        # One that has ended meanwhile is forgotten only by a later plan, so every row is known.
-        sampled = self._sampler.sample(flight.host_logits, rows)
-        flight.drawn = dict(zip(flight.host_rows, sampled, strict=True))
-        tokens = torch.tensor([each.token for each in sampled]).to(self._device)
-        if flight.host_slots is not None:
-            self._last.index_copy_(0, flight.host_slots.to(self._device), tokens)
-
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
@@ -487,6 +478,11 @@ def _uncollected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def adjusted_room(max_running: int) -> int:
+    """Sequences with penalties that there is room for: those that run, and those that ended in a step in flight."""
+    return 2 * max_running
 
 
 def _pads(size: int, page: int, slot: int) -> StepArrays:

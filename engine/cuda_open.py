@@ -93,9 +93,11 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     loaded = time.monotonic()
     max_running, step_tokens = sizes(config, gpu_bytes(device))
     # FlashInfer and Triton are looked for only here: their kernels may have to be compiled first.
-    from microserve.engine.cuda_executor import CudaExecutor
+    from microserve.engine.cuda_adjust import Adjustments
+    from microserve.engine.cuda_executor import CudaExecutor, adjusted_room
     from microserve.engine.cuda_inputs import table_room
     from microserve.engine.cuda_profile import worst_step_bytes
+    from microserve.engine.cuda_sampler import ROW_COPIES, ROWS_AT_ONCE
     from microserve.engine.model.cuda_kernels import CudaKernels
 
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
@@ -103,9 +105,11 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         decoder = Decoder(model, weights, CudaKernels(dtype, device), max_context=max_context)
         peak = worst_step_bytes(decoder, shape, device, step_tokens, max_running)
     profiled = time.monotonic()
-    # Made later: what graphs leave their logits in, as much for rows that the CPU draws, and float32 of those; and
-    # three page tables of int32.
-    peak += max_running * model.vocab_size * (2 * dtype.itemsize + 4)
+    # Made later: what graphs leave their logits in; what is counted for penalties, and what they and log probabilities
+    # are computed in; and three page tables of int32.
+    peak += max_running * model.vocab_size * dtype.itemsize
+    peak += Adjustments.bytes_of(adjusted_room(max_running), model.vocab_size)
+    peak += 4 * ROW_COPIES * ROWS_AT_ONCE * model.vocab_size
     peak += 3 * 4 * table_room(max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)

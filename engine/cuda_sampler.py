@@ -1,8 +1,6 @@
-"""Sampling on the GPU without waiting for it: greedy, temperature, top-k, top-p and min-p (drawn by `cuda_draw`), and
-log probabilities.
+"""Sampling on the GPU without waiting for it: the greedy choice, what `cuda_draw` draws by, and log probabilities.
 
-Penalties, biases and `min_tokens` need what a sequence said so far: those rows are sampled by the CPU's `Sampler`, and
-the step after them waits for it.
+Penalties, biases and `min_tokens` are in `cuda_adjust`.
 """
 
 from __future__ import annotations
@@ -26,14 +24,16 @@ if TYPE_CHECKING:
 
 _GREEDY_PARTS = 64
 _GREEDY_MOST = 4096
-_ROWS_AT_ONCE = 64
-"""Whose log probabilities are computed together: each takes some copies of its logits in float32."""
+ROWS_AT_ONCE = 64
+"""Whose logits are adjusted, or whose log probabilities are computed, together."""
+ROW_COPIES = 8
+"""Copies of a row's logits in float32 that such takes, at most."""
 MOST_LOGPROBS = 20
 """Tokens beside the chosen one, as messages allow."""
 
 
-def on_device(sampling: SamplingParams) -> bool:
-    """Whether rows of these settings can be sampled without the CPU."""
+def plain(sampling: SamplingParams) -> bool:
+    """Whether logits are sampled as they are."""
     return (
         not sampling.logit_bias
         and sampling.min_tokens == 0
@@ -63,8 +63,8 @@ def log_probabilities(logits: Tensor, tokens: Tensor, rows: Tensor, most: int) -
     token in `tokens` int32 [rows] (whichever, where that is -1) and the `most` largest, and whose those are, int32
     [n, most]."""
     values, ids = [], []
-    for begin in range(0, rows.shape[0], _ROWS_AT_ONCE):
-        part = rows[begin : begin + _ROWS_AT_ONCE]
+    for begin in range(0, rows.shape[0], ROWS_AT_ONCE):
+        part = rows[begin : begin + ROWS_AT_ONCE]
         wide = logits.index_select(0, part).float()
         chosen = tokens.index_select(0, part).long().clamp_(min=0)
         best, places = wide.topk(most, dim=-1)

@@ -42,10 +42,6 @@ class Executor(Protocol):
 
     def launch(self, plan: StepPlan) -> None: ...
 
-    def launch_waits(self) -> bool:
-        """Whether `launch` would wait for a step in flight."""
-        ...
-
     def ended(self) -> bool:
         """Whether `collect` would not wait for a device. Does not raise: what went wrong, `collect` says."""
         ...

@@ -131,9 +131,6 @@ class FakeExecutor:
         self._busy_until = begin + self._seconds(plan)
         self._launched.append((self._busy_until, StepResult(plan.step, sampled)))
 
-    def launch_waits(self) -> bool:
-        return False
-
     def ended(self) -> bool:
         return not self._launched or self._launched[0][0] <= self._clock()
 

@@ -177,8 +177,6 @@ class StepLoop:
     def _step(self) -> bool:
         scheduler = self._scheduler
         began = self._clock()
-        if self._executor.launch_waits():
-            self._watch()
         plan = scheduler.schedule(self._clock())
         if plan is not None:
             try:

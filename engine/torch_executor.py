@@ -87,9 +87,6 @@ class TorchExecutor:
             torch.set_num_threads(self._threads)  # per calling thread, so set where the steps run
         self._plans.append(plan)
 
-    def launch_waits(self) -> bool:
-        return False
-
     def ended(self) -> bool:
         """There is nothing to wait for: whoever collects computes."""
         return True

@@ -3,8 +3,7 @@
 Prompts are random token ids, weights are made up, sampling is greedy unless `--temperature` says otherwise, the end
 token is ignored, and everything goes over the bus: the figures hold for what a router sees. Decode is the slope between
 32 and 256 outputs. With `--limits`, what the GPU can do at best is measured first, and beside each figure stands the
-least that the shape leaves it. With `--logprobs` or `--repetition-penalty`, every row is one that the GPU's executor
-draws on the CPU.
+least that the shape leaves it. With `--logprobs` or `--repetition-penalty`, every row asks for such.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(serving: Serving) -> No
     assert serving.run([prompt], [20], **settings)[0].tokens == alone
 
 
-def test_settings_of_the_cpu_sampler_work_beside_those_of_the_gpu(serving: Serving, oracle: RoundedOracle) -> None:
+def test_settings_that_change_logits_work_beside_those_that_do_not(serving: Serving, oracle: RoundedOracle) -> None:
     given = prompts([9, 30, 12], seed=5)
     with_logprobs = serving.run(given, [12, 12, 12], logprobs=3)
     for prompt, answer in zip(given, with_logprobs, strict=True):
@@ -374,6 +374,9 @@ def test_settings_of_the_cpu_sampler_work_beside_those_of_the_gpu(serving: Servi
         oracle.check_precise(prompt, answer, 12)
     banned = serving.run(given[:1], [12], logit_bias={token: -100.0 for token in with_logprobs[0].tokens})[0]
     assert not set(banned.tokens) & set(with_logprobs[0].tokens)
+    never_twice = serving.run(given, [40] * 3, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=50.0)
+    for answer in never_twice:
+        assert len(set(answer.tokens)) == 40, "counted one step late, a token would follow itself"
 
 
 def test_preempted_requests_answer_as_if_they_had_not_been(checkpoint: Path, dtype: str, oracle: RoundedOracle) -> None:
@@ -446,7 +449,8 @@ def test_a_gpu_that_is_behind_reads_what_was_meant_for_each_step(
 def test_a_step_that_draws_on_the_gpu_waits_for_nothing(serving: Serving) -> None:
     given = prompts([17, 300, 33], seed=14)
     drawn = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.01, "seed": 1}
-    for sampling in ({}, drawn, {"logprobs": 5}, {"logprobs": 0, **drawn}):
+    adjusted = {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "logit_bias": {3: 1.0}, "min_tokens": 2}
+    for sampling in ({}, drawn, {"logprobs": 5}, {"logprobs": 0, **drawn}, adjusted, {**adjusted, **drawn}):
         serving.run(given, [4] * 3, **sampling)
         serving.cache.evict()
         torch.cuda.set_sync_debug_mode("error")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from microserve.engine.cuda_sampler import Draws, greedy, log_probabilities, on_device
+from microserve.engine.cuda_sampler import Draws, greedy, log_probabilities, plain
 from microserve.engine.sampler import COLDEST, uniforms
 from microserve.runtime.messages import SamplingParams
 
@@ -41,11 +41,9 @@ def test_a_slot_that_is_forgotten_draws_no_more_and_its_next_sequence_draws_its_
 
 
 @pytest.mark.parametrize(
-    ("settings", "here"),
+    ("settings", "expected"),
     [
-        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),
-        ({"logprobs": 20}, True),
-        ({"logprobs": 0, "min_tokens": 1}, False),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "logprobs": 20}, True),
         ({"logit_bias": {3: 1.0}}, False),
         ({"min_tokens": 1}, False),
         ({"repetition_penalty": 1.1}, False),
@@ -53,8 +51,8 @@ def test_a_slot_that_is_forgotten_draws_no_more_and_its_next_sequence_draws_its_
         ({"frequency_penalty": 0.1}, False),
     ],
 )
-def test_what_needs_a_history_is_sampled_on_the_cpu(settings: dict[str, object], here: bool) -> None:
-    assert on_device(SamplingParams(**settings)) is here  # type: ignore[arg-type]
+def test_which_settings_change_logits(settings: dict[str, object], expected: bool) -> None:
+    assert plain(SamplingParams(**settings)) is expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1024), (64, 1024), (65, 1024), (2, 1000)])

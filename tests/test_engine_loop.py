@@ -39,7 +39,6 @@ class FailingExecutor:
         """How often somebody asked whether the step has ended."""
         self.busy_looks = 0
         """How often it will not have."""
-        self.launches_wait = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -49,9 +48,6 @@ class FailingExecutor:
             self.fail_launch = False
             raise RuntimeError("out of memory")
         self._inner.launch(plan)
-
-    def launch_waits(self) -> bool:
-        return self.launches_wait
 
     def ended(self) -> bool:
         self.looks += 1
@@ -283,22 +279,6 @@ def test_commands_run_while_a_prompt_is_computed(depth: int) -> None:
     assert [
         token for body in bench.bodies(prompt) if isinstance(body, Tokens) for token in unpack_tokens(body.ids)
     ] == (bench.rig.expected(prompt, 3))
-    bench.rig.assert_empty()
-
-
-def test_commands_run_before_a_launch_that_would_wait() -> None:
-    bench = Bench(depth=2, **LONG)
-    bench.loop.submit(make_request([1] * 256, max_tokens=3))
-    bench.loop.turn()
-    bench.executor.launches_wait = True
-    bench.executor.busy_looks = 1
-    seen: list[int] = []
-    bench.loop._wake = Interrupted(  # type: ignore[assignment]
-        lambda: bench.loop.ask(lambda: bench.rig.scheduler.in_flight, seen.append)
-    )
-    bench.loop.turn()
-    assert seen == [1], "the next one is neither scheduled nor launched"
-    bench.turns()
     bench.rig.assert_empty()
 
 

@@ -61,7 +61,7 @@ def test_steps_are_those_that_the_machine_has_gpus_for(capsys: pytest.CaptureFix
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [step.name for step in STEPS]
     assert alone == ["tests", "roofline", "engine", "loading", "kernels", "plain", "serving"]
     marked = [path for path in ROOT.glob("tests/test_*.py") if "mark." + "gpu" in path.read_text()]
-    assert len(marked) == 5
+    assert len(marked) == 6
     assert {f"tests/{path.name}" for path in marked} <= set(STEPS[0].command)
     assert main(["--gpus", "0"]) == 1
     with pytest.raises(SystemExit):
