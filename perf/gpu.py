@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call: the tests marked `gpu`, then every benchmark of this machine's GPUs.
 
-    python -m perf.gpu --out results            # all of it: some 17 min on one GPU, 2 min more on two
+    python -m perf.gpu --out results            # all of it: some 20 min on one GPU, 2 min more on two
     python -m perf.gpu --only tests,engine
 
 A step that fails or takes too long is told, and the next one begins. DIR gets the log of every step, the rows of every
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NIXL_TESTS = "tests/test_kv_transfer_nixl.py"
+_EXECUTOR_TESTS = "tests/test_engine_cuda_executor.py"
 _TESTS = (*sorted(str(path.relative_to(_ROOT)) for path in _ROOT.glob("tests/test_*cuda*.py")), _NIXL_TESTS)
 """Files with tests that are marked so. The others need packages that measuring does not."""
 
@@ -47,7 +48,11 @@ class Step:
 _PLAIN = ("--executor", "torch", "--batches", "1,64", "--prompts", "2048", "--requests", "0")
 _SERVED = ("--model", "llama-3.1-8b", "--engines", "1", "--executor", "cuda")
 STEPS = (
-    Step("tests", ("pytest", "-q", "-m", "gpu", *_TESTS), 600, rows=False),
+    Step(
+        "tests", ("pytest", "-q", "-m", "gpu", *(file for file in _TESTS if file != _EXECUTOR_TESTS)), 300, rows=False
+    ),
+    # Seven models, each beside `transformers` on the CPU.
+    Step("executor_tests", ("pytest", "-q", "-m", "gpu", _EXECUTOR_TESTS), 900, rows=False),
     Step("roofline", ("perf.roofline",), 90),
     Step("engine", ("perf.engine", "--limits"), 300),
     Step("loading", ("perf.loading",), 180),
