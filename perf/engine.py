@@ -164,8 +164,9 @@ async def _run(table: _Table, args: argparse.Namespace, model: Path) -> None:
             await load.generate(1, length, 1)
             table.prefill(length, Sample(tuple([1e3 * await load.generate(1, length, 1) for _ in range(args.repeat)])))
         if args.requests:
-            seconds = await load.generate(args.requests, 1024, 256)
-            table.throughput(args.requests, 1024, 256, Sample((args.requests * 256 / seconds,)))
+            seconds = [await load.generate(args.requests, 1024, 256) for _ in range(args.repeat)]
+            rates = Sample(tuple(args.requests * 256 / each for each in seconds))
+            table.throughput(args.requests, 1024, 256, rates)
         stats = await engine.client.call(Stats())
         print(json.dumps({"integrity": getattr(stats, "integrity", "?")}), file=sys.stderr)
 
