@@ -179,6 +179,7 @@ def test_bad_json(body: bytes) -> None:
             "only 'text'",
         ),
         (CHAT, chat(messages=[{"role": "user", "content": "x", "weight": 1}]), "messages[0].weight", "unknown"),
+        (CHAT, chat(messages=[{"rol": "user", "content": "x"}]), "messages[0].rol", "did you mean 'role'?"),
         (
             CHAT,
             chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]),
@@ -196,7 +197,7 @@ def test_bad_json(body: bytes) -> None:
         (CHAT, chat(n=1000), "n", "<= 128"),
         (CHAT, chat(stream="yes"), "stream", "Expected"),
         (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "needs 'stream'"),
-        (CHAT, chat(stream=True, stream_options={"usage": True}), "stream_options.usage", "unknown"),
+        (CHAT, chat(stream=True, stream_options={"usage": True}), "stream_options.usage", "there are: include_usage"),
         (CHAT, chat(stop=[""]), "stop", "empty"),
         (CHAT, chat(stop=["x", 1]), "stop[1]", "Expected"),
         (CHAT, chat(stop=[str(at) for at in range(17)]), "stop", "at most 16"),

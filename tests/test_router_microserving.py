@@ -286,6 +286,30 @@ def test_what_is_wrong_is_told_and_reaches_no_engine(verb: str, body: Any, statu
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("verb", "body", "message"),
+    [
+        ("start_generate", {"prompt": [1], "samplin": {}}, "unknown field 'samplin'; did you mean 'sampling'?"),
+        (
+            "start_generate",
+            {"prompt": [1], "sampling": {"max_token": 5}},
+            "unknown field 'sampling.max_token'; did you mean 'max_tokens'?",
+        ),
+        ("start_generate", {"prompt": [1], "sampling": {"zzz": 5}}, "unknown field 'sampling.zzz'"),
+        (
+            "remote_send",
+            {"prompt": [1], "address": {"leas": 1}},
+            "unknown field 'address.leas'; did you mean 'lease'?",
+        ),
+    ],
+)
+def test_what_may_have_been_meant_is_a_field_of_the_same_place(verb: str, body: Any, message: str) -> None:
+    async def work(door: Door) -> None:
+        assert (await door.post(verb, body)).error["message"] == message
+
+    run(work)
+
+
 def test_an_engines_refusal_keeps_its_code_and_status() -> None:
     async def work(door: Door) -> None:
         door.engine.refuse_with = StaleEpoch("that address is of an earlier incarnation", param="address")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 from tests.cluster import daemon_environ, free_ports
 from tests.test_tools_status import STATUS
@@ -138,6 +139,24 @@ def test_the_screen_shows_fleet_phase_and_last_lines() -> None:
     shown = out.getvalue()
     for expected in ("router r", "gpu-a", "ready", "engine-0 | loading layer 3", "Ctrl-C stops"):
         assert expected in shown
+
+
+def test_the_screen_fits_eighty_columns_and_says_that_it_stops() -> None:
+    engine = STATUS.engines[0]
+    names = ["engine-0", "engine-1"]
+    engines = [replace(engine, info=replace(engine.info, engine_id=name)) for name in names]
+    screen = Screen(names, "tcp://127.0.0.1:7700", on=True)
+    out = io.StringIO()
+    began = "2026-11-28T00:44:49.258Z info    router:local@6614b7b6bac08"
+    screen.child_line("router", f"{began} engine joined  engine=engine-1")
+    screen.show(replace(STATUS, engines=engines), [], "ready")
+    screen.stopping()
+    Console(file=out, width=80).print(screen._render())
+    shown = out.getvalue()
+    for expected in (*names, "requests", "running", "router   | 00:44:49 info engine joined  engine=engine-1"):
+        assert expected in shown
+    assert "…" not in shown
+    assert ("stopping: running requests finish" in shown, "Ctrl-C again ends them now" in shown) == (True, True)
 
 
 # --- all of it -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from rich.console import ConsoleOptions
 
     from microserve.runtime.messages import FleetEngine, StatusReply
 
@@ -51,17 +53,29 @@ def print_fitting(
 ) -> None:
     """A table without as many of the `spare` columns, from the last on, as it takes to fit; it says which. What is
     shown is whole: see `print_whole`."""
-    shown = list(columns)
-    table = _table(columns, rows, shown)
-    for name in reversed(spare):
-        if console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum <= console.width:
-            break
-        shown.remove(name)
-        table = _table(columns, rows, shown)
+    table, shown = _fitting(console, columns, rows, spare, console.width)
     print_whole(console, table)
     left_out = ", ".join(name.removesuffix(">") for name in columns if name not in shown)
     if left_out:
         console.print(f"left out to fit: {left_out}; --json has all", style="dim", soft_wrap=True)
+
+
+def _fitting(
+    console: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    spare: Sequence[str],
+    width: int,
+) -> tuple[Table, list[str]]:
+    """The table of at most `width` cells, and its columns."""
+    shown = list(columns)
+    table = _table(columns, rows, shown)
+    for name in reversed(spare):
+        if console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum <= width:
+            break
+        shown.remove(name)
+        table = _table(columns, rows, shown)
+    return table, shown
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], shown: Sequence[str]) -> Table:
@@ -84,9 +98,14 @@ def headline(status: StatusReply) -> str:
     return " · ".join([*parts, status.http] if status.http else parts)
 
 
-def fleet_table(status: StatusReply) -> Table:
-    """The engines, one a row."""
-    return _table(_COLUMNS, map(_cells, status.engines), _COLUMNS)
+class FleetTable:
+    """The engines, one a row, in as many columns as fit where it is drawn."""
+
+    def __init__(self, status: StatusReply) -> None:
+        self._rows = [_cells(engine) for engine in status.engines]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield _fitting(console, _COLUMNS, self._rows, _SPARE, options.max_width)[0]
 
 
 def print_fleet(console: Console, status: StatusReply) -> None:

@@ -170,6 +170,7 @@ class Up:
     def _signal(self) -> None:
         self._signals += 1
         self._stopping.set()
+        self._screen.stopping()
         if self._signals > 1:
             for child in self._children:
                 child.kill()

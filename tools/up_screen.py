@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from microserve.tools.supervisor import Child
 
 _SHOWN_LINES = 8
+_LOG_LINE = re.compile(r"(?<=\| )\d{4}-\d\d-\d\dT(?P<time>\d\d:\d\d:\d\d)\S* (?P<level>\w+) +\w+:\S+@\w+ ")
+"""What a daemon's line begins with: on the screen, its name stands before it already, and eighty columns are few."""
 
 
 class Screen:
@@ -37,6 +40,7 @@ class Screen:
         self._status: StatusReply | None = None
         self._children: Sequence[Child] = ()
         self._phase = "starting"
+        self._stopping = False
 
     def __enter__(self) -> Screen:
         if self._on:
@@ -79,8 +83,12 @@ class Screen:
         if self._live is not None:
             self._live.update(self._render())
 
+    def stopping(self) -> None:
+        """Ctrl-C was heard."""
+        self._stopping = True
+
     def _put(self, line: str) -> None:
-        self._recent.append(line)
+        self._recent.append(_LOG_LINE.sub(r"\g<time> \g<level> ", line, count=1))
         if self._live is None:
             print(line, flush=True)
         else:
@@ -91,15 +99,17 @@ class Screen:
         from rich.panel import Panel
         from rich.text import Text
 
-        from microserve.tools.fleet_view import fleet_table, headline
+        from microserve.tools.fleet_view import FleetTable, headline
 
         parts: list[RenderableType] = []
         if self._status is not None:
-            parts += [Text(headline(self._status)), Text(), fleet_table(self._status), Text()]
+            parts += [Text(headline(self._status)), Text(), FleetTable(self._status), Text()]
         parts += [Text(line, style="red") for line in troubles(self._children)]
-        parts.append(Text(self._phase, style="green" if self._phase == "ready" else "yellow"))
+        phase = "stopping: running requests finish" if self._stopping else self._phase
+        parts.append(Text(phase, style="green" if phase == "ready" else "yellow"))
         parts += [Text(), *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._recent)]
-        return Panel(Group(*parts), title="microserve", subtitle="Ctrl-C stops", border_style="dim")
+        subtitle = "Ctrl-C again ends them now" if self._stopping else "Ctrl-C stops"
+        return Panel(Group(*parts), title="microserve", subtitle=subtitle, border_style="dim")
 
 
 def troubles(children: Sequence[Child]) -> list[str]:

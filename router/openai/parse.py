@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 import numpy as np
 
 from microserve.router.openai.requests import ChatRequest, CompletionRequest, GenerationFields, Message
@@ -58,9 +59,22 @@ def _explain(wrong: Objection, expected: Any) -> InvalidRequest:
 
 
 def _fields_at(expected: Any, at: str) -> Sequence[str]:
-    if not at:
-        return tuple(expected.__struct_fields__)
-    return Message.__struct_fields__ if at.startswith("messages") else ("include_usage",)
+    """The fields of what a body of type `expected` has `at` a path such as "messages[0]"; none where it is unclear."""
+    found: Any = msgspec.inspect.type_info(expected)
+    for name in re.findall(r"[A-Za-z_]\w*", at):
+        found = next((_struct(field.type) for field in getattr(found, "fields", ()) if field.encode_name == name), None)
+    return [field.encode_name for field in getattr(found, "fields", ())]
+
+
+def _struct(found: Any) -> Any:
+    """The struct that a field holds, if it does: by itself, in a list, or as one of several things."""
+    if isinstance(found, msgspec.inspect.Metadata):
+        return _struct(found.type)
+    if isinstance(found, msgspec.inspect.ListType):
+        return _struct(found.item_type)
+    if isinstance(found, msgspec.inspect.UnionType):
+        return next((each for each in map(_struct, found.types) if each is not None), None)
+    return found if isinstance(found, msgspec.inspect.StructType) else None
 
 
 # --- what is not served
