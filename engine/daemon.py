@@ -130,6 +130,8 @@ async def serve(
                 pages=executor.total_pages,
                 page_size=info.layout.page_size,
                 max_context=engine.scheduler.max_context,
+                max_running=engine.scheduler.limits.max_running,
+                step_tokens=engine.scheduler.limits.step_tokens,
                 transport=transport.name if transport is not None else "none",
                 seconds=round(monotonic() - began, 2),
             )

@@ -171,8 +171,11 @@ def check_tables(file: Path) -> None:
     """Raises `ConfigError` for a file that is one daemon's alone: several can share one that has a table for each."""
     table = _toml(file)
     if table and not _has_tables(table):
+        near = [difflib.get_close_matches(name, ("engine", "router"), n=1) for name in table]
+        meant = next((f"; did you mean [{found[0]}]?" for found in near if found), "")
         raise ConfigError(
-            f"{file} has no tables [engine] and [router], and is read by both: put {', '.join(table)} under one of them"
+            f"{file} has no tables [engine] and [router], and is read by both: put {', '.join(table)} under one of "
+            f"them{meant}"
         )
 
 

@@ -83,7 +83,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         Meta(
             pattern=_SIZE_PATTERN,
             extra=_SIZE,
-            description="memory of the KV pool; to the cuda executor, the default means all",
+            description="memory of the KV pool; to the cuda executor the default means all, and the torch executor "
+            "takes no more than max_running requests may need",
         ),
     ] = DEFAULT_KV_MEMORY
     gpu_memory: Annotated[
@@ -101,14 +102,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     ] = None
     max_running: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="requests computed at once (not set: 64 on a CPU, 256 on a GPU, 512 on one of 64 GiB)"),
+        Meta(
+            description="requests computed at once (not set: 64 on a CPU, 256 on a GPU, 512 from 64 GiB of it on, and "
+            "no more than half of step_tokens)"
+        ),
     ] = None
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
     step_tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
+        Annotated[int, Meta(ge=2)] | None,
         Meta(
-            description="token budget of a step: decodes, then prompt chunks "
-            "(not set: 512 on a CPU, 2048 on a GPU, 8192 on one of 64 GiB)"
+            description="token budget of a step: decodes, then prompt chunks (not set: 512 on a CPU, 2048 on a GPU, "
+            "8192 from 64 GiB of it on, and at least twice max_running)"
         ),
     ] = None
     step_timeout: Annotated[

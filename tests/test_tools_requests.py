@@ -62,7 +62,7 @@ def test_what_runs_and_what_ran(cluster: Cluster, client: Client) -> None:
         shown = command(cluster, "requests", "--recent", "1")
         title, *rows = shown.out.splitlines()
         assert title.split() == [
-            *("request", "state", "age", "TTFT", "prompt", "cached", "output", "engines", "strategy", "model")
+            *("request", "state", "time", "TTFT", "prompt", "cached", "output", "engines", "strategy", "model")
         ]
         # Names that callers chose are shown, and neither obeyed by the terminal nor read as markup.
         assert [row[:18].rstrip() for row in rows] == ["one", "two [red]\\x1b[31m", "done"]
@@ -77,7 +77,7 @@ def test_eighty_columns_hold_the_table(cluster: Cluster, client: Client, monkeyp
     monkeypatch.setattr(fleet_view, "table_console", lambda: Console(file=sys.stdout, width=80, highlight=False))
     title, row, more = command(cluster, "requests", "--recent", "1").out.splitlines()
     assert max(len(title), len(row)) <= 80, (title, row)
-    assert title.split() == ["request", "state", "age", "output", "engines"]
+    assert title.split() == ["request", "state", "time", "output", "engines"]
     assert row.split()[:2] == [name, "ok"]
     assert more == "left out to fit: TTFT, prompt, cached, strategy, model; --json has all"
 

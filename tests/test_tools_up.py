@@ -101,6 +101,37 @@ def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
     assert both.value.message == f"{http.value.message}; {bus.value.message}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--kv-memory", "1GiB"],
+            "kv_memory is the engines': set MICROSERVE_ENGINE_KV_MEMORY, or put it under [engine] in a file",
+        ),
+        (["--state-folder=x"], "state_folder is the routers': set MICROSERVE_ROUTER_STATE_FOLDER"),
+        (["--plan", "--kv-pages", "9"], "unrecognized arguments: --plan --kv-pages 9; kv_pages is the engines'"),
+    ],
+)
+def test_a_flag_of_a_daemon_is_told_its_place(flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_of_another_name_is_told_which_may_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "up.toml"
+    file.write_text("[engin]\nmax_running = 3\n")
+    assert main(["--config", str(file)]) == 2
+    assert "put engin under one of them; did you mean [engine]?" in capsys.readouterr().err
+
+
+def test_a_flag_that_nobody_has_is_told_no_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--nonsense"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+
+
 # --- screen --------------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import RequestInfo, Requests
 
 _MOST_RECENT = 256
-_COLUMNS = ("request", "state", "age>", "TTFT>", "prompt>", "cached>", "output>", "engines", "strategy", "model")
-_SPARE = ("age>", "output>", "engines", "TTFT>", "prompt>", "cached>", "model", "strategy")
+_COLUMNS = ("request", "state", "time>", "TTFT>", "prompt>", "cached>", "output>", "engines", "strategy", "model")
+_SPARE = ("time>", "output>", "engines", "TTFT>", "prompt>", "cached>", "model", "strategy")
 """Columns that a narrow terminal may do without, the most wanted first."""
 _AXIS = 30
 """Characters of a timeline."""

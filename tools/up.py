@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code: 0 after Ctrl-C, 2 when a process refuses its configuration, 130 after two Ctrl-C."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown)}")
     try:
         plan = Plan(options, os.environ)
         plan.check()
@@ -62,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--logs", type=Path, metavar="DIR", help="also write each process's lines to DIR/NAME.log")
     parser.add_argument("--plain", action="store_true", help="print lines, even on a terminal")
     return parser
+
+
+def _meant(unknown: Sequence[str]) -> str:
+    """Where the first of these flags that a daemon has is said to all of them."""
+    for kind, cls in (("engine", EngineConfig), ("router", RouterConfig)):
+        for flag in unknown:
+            name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+            if flag.startswith("--") and name in cls.__struct_fields__:
+                variable = f"MICROSERVE_{kind.upper()}_{name.upper()}"
+                return f"; {name} is the {kind}s': set {variable}, or put it under [{kind}] in a file for --config"
+    return ""
 
 
 class Plan:
