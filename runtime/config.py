@@ -51,6 +51,8 @@ __all__ = [
 C = TypeVar("C", bound=Struct)
 
 _SECTIONS = ("engine", "router")
+_NEARLY = 0.7
+"""How alike two names of a daemon are, of which one is a typing error."""
 
 
 def load_config(
@@ -221,12 +223,23 @@ def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: _Values
     prefix = _prefix(cls)
     known = {prefix + "_".join(path).upper(): (path, field) for path, field in _leaves(cls)}
     for name, text in environ.items():
+        if (meant := _mistyped(name, prefix)) in known:
+            raise ConfigError(f"unknown setting {name}; did you mean {meant}?")
         if not name.startswith(prefix) or name == f"{prefix}CONFIG":
             continue
         if name not in known:
             raise _unknown(name, known)
         path, field = known[name]
         values.put(path, _convert(path, field, _from_text(field.type, text, name), name), name)
+
+
+def _mistyped(name: str, prefix: str) -> str:
+    """The variable that is meant by one whose daemon is nearly ours; empty where it is ours, or anybody's."""
+    ours = prefix.split("_")[1]
+    project, _, rest = name.partition("_")
+    whose, _, setting = rest.partition("_")
+    near = project == "MICROSERVE" and difflib.SequenceMatcher(a=whose, b=ours).ratio() > _NEARLY
+    return prefix + setting if near and whose != ours else ""
 
 
 def _prefix(cls: type[Struct]) -> str:

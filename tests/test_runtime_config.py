@@ -80,6 +80,25 @@ def test_environment_texts_become_typed_values() -> None:
     assert (config.log_json, config.keep_alive, config.advertise) == (True, 3.0, None)
 
 
+def test_a_variable_of_a_daemon_that_is_nearly_ours_is_not_passed_over() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(EngineConfig, environ={"MICROSERVE_ENGNE_PAGE_SIZE": "3"})
+    assert caught.value.message == (
+        "unknown setting MICROSERVE_ENGNE_PAGE_SIZE; did you mean MICROSERVE_ENGINE_PAGE_SIZE?"
+    )
+    # Others', or a service's that a cluster puts there.
+    others = (
+        "MICROSERVE_ROUTR_HTTP_PORT",
+        "MICROSERVE_KEY_FILE",
+        "MICROSERVE_ROUTER",
+        "MICROSERVE_ENGINES_PORT",
+        "ENGNE",
+    )
+    assert load_config(EngineConfig, environ=dict.fromkeys(others, "3")) == EngineConfig()
+    with pytest.raises(ConfigError, match="did you mean MICROSERVE_ROUTER_HTTP_PORT"):
+        load_config(RouterConfig, environ={"MICROSERVE_ROUTR_HTTP_PORT": "3"})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
