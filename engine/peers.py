@@ -286,13 +286,13 @@ class Peers:
         )
 
     def _check(self, layout: Layout, transport: str, who: str) -> None:
-        if difference := layout_difference(self._info().layout, layout):
-            raise LayoutMismatch(f"KV cannot move between this engine and {who}: {difference}")
+        # By name: whoever is refused reads this in its own log.
+        me, our_layout = self._info().engine_id, self._info().layout
+        if difference := layout_difference(our_layout, layout, f"at {me}", f"at {who}"):
+            raise LayoutMismatch(f"KV cannot move between {me} and {who}: {difference}")
         if not transport or transport != self._transport:
-            names = (self._transport or "none", transport or "none")
-            raise TransferFailed(
-                f"KV cannot move between this engine and {who}: transport: {names[0]} here, {names[1]} there"
-            )
+            ours, theirs = self._transport or "none", transport or "none"
+            raise TransferFailed(f"KV cannot move between {me} and {who}: transport: {ours} at {me}, {theirs} at {who}")
 
     # --- the listening side ----------------------------------------------------------------------------------------
 
@@ -396,8 +396,8 @@ def check_sender(session: Session, engine_id: str, epoch: int) -> None:
         raise InvalidRequest(f"only engine {engine_id} of epoch {epoch:x} may say this, not {peer}", param="engine_id")
 
 
-def layout_difference(ours: Layout, theirs: Layout) -> str:
+def layout_difference(ours: Layout, theirs: Layout, us: str = "here", them: str = "there") -> str:
     """What differs, field by field; empty when pages can be exchanged."""
     # Not `msgspec.structs.fields`, which evaluates annotations: this stands in the way of every send.
     pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in ours.__struct_fields__]
-    return "; ".join(f"{name}: {mine} here, {other} there" for name, mine, other in pairs if mine != other)
+    return "; ".join(f"{name}: {mine} {us}, {other} {them}" for name, mine, other in pairs if mine != other)

@@ -111,9 +111,9 @@ def test_nobody_speaks_for_another() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"layout": replace(LAYOUT, page_size=32)}, LayoutMismatch, "page_size: 4 here, 32 there"),
-        ({"transport": "nixl"}, TransferFailed, "transport: loopback here, nixl there"),
-        ({"transport": ""}, TransferFailed, "transport: loopback here, none there"),
+        ({"layout": replace(LAYOUT, page_size=32)}, LayoutMismatch, "between a and x: page_size: 4 at a, 32 at x"),
+        ({"transport": "nixl"}, TransferFailed, "transport: loopback at a, nixl at x"),
+        ({"transport": ""}, TransferFailed, "transport: loopback at a, none at x"),
     ],
 )
 def test_a_hello_of_another_kind_is_refused(changes: dict[str, Any], kind: type[Exception], words: str) -> None:
