@@ -68,21 +68,15 @@ class Adjustments:
 
     def start(self, start: SequenceStart) -> None:
         """A sequence begins, or resumes with its output so far in its history."""
+        self.forget(start.sequence)
         if not self._free:
             raise InternalError("more sequences with penalties than can run")
-        sampling, row = start.sampling, self._free.pop()
-        self._seen[row].zero_()
+        sampling, row = start.sampling, self._free[-1]
         prompt = np.unique(start.history[: start.prompt_length])
         output, counts = np.unique(start.history[start.prompt_length :], return_counts=True)
-        if len(prompt):
-            self._seen[row].index_fill_(0, self._sent(prompt), _PROMPTED)
-        if len(output):
-            # A token of both has the sum of both.
-            numbers = np.minimum(counts, _COUNT).astype(np.int16)
-            self._seen[row].index_add_(0, self._sent(output), self._sent(numbers, np.int16))
         known = [(token, bias) for token, bias in sampling.logit_bias.items() if 0 <= token < self._vocab]
         ends = [token for token in (*start.eos_token_ids, *sampling.stop_token_ids) if 0 <= token < self._vocab]
-        self._known[start.sequence] = _Adjusted(
+        adjusted = _Adjusted(
             row,
             sampling.repetition_penalty,
             sampling.presence_penalty,
@@ -92,6 +86,16 @@ class Adjustments:
             self._sent(np.array(ends)) if ends and sampling.min_tokens else None,
             sampling.min_tokens,
         )
+        self._seen[row].zero_()
+        if len(prompt):
+            self._seen[row].index_fill_(0, self._sent(prompt), _PROMPTED)
+        if len(output):
+            # A token of both has the sum of both.
+            numbers = np.minimum(counts, _COUNT).astype(np.int16)
+            self._seen[row].index_add_(0, self._sent(output), self._sent(numbers, np.int16))
+        # Last: whatever fails before, the place is free.
+        self._free.pop()
+        self._known[start.sequence] = adjusted
 
     def forget(self, sequence: int) -> None:
         """The sequence is over, or preempted. Idempotent."""

@@ -97,7 +97,6 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
     from microserve.engine.cuda_executor import CudaExecutor, adjusted_room
     from microserve.engine.cuda_inputs import table_room
     from microserve.engine.cuda_profile import worst_step_bytes
-    from microserve.engine.cuda_sampler import ROW_COPIES, ROWS_AT_ONCE
     from microserve.engine.model.cuda_kernels import CudaKernels
 
     shape = PageShape(model.kv_heads, model.layers, config.page_size, model.head_dim, dtype)
@@ -105,11 +104,9 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         decoder = Decoder(model, weights, CudaKernels(dtype, device), max_context=max_context)
         peak = worst_step_bytes(decoder, shape, device, step_tokens, max_running)
     profiled = time.monotonic()
-    # Made later: what graphs leave their logits in; what is counted for penalties, and what they and log probabilities
-    # are computed in; and three page tables of int32.
+    # Made later: what graphs leave their logits in, what is counted for penalties, and three page tables of int32.
     peak += max_running * model.vocab_size * dtype.itemsize
     peak += Adjustments.bytes_of(adjusted_room(max_running), model.vocab_size)
-    peak += 4 * ROW_COPIES * ROWS_AT_ONCE * model.vocab_size
     peak += 3 * 4 * table_room(max_running, max_context, config.page_size)
     pages = _pool_pages(config, shape, device, peak, max_context)
     pool = PagePool(pages, shape, device=device)
@@ -160,7 +157,8 @@ def kernel_folder() -> Path:
 
 def compiled_kernels() -> int:
     """How many modules of FlashInfer's and kernels of Triton's are compiled already."""
-    triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     return _flashinfer_modules() + sum(1 for _ in triton.glob("*/*.cubin"))
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from microserve.engine.cuda_adjust import Adjustments
 from microserve.engine.cuda_attention import PagedAttention, StepAttention
-from microserve.engine.cuda_sampler import Draws
+from microserve.engine.cuda_sampler import MOST_LOGPROBS, ROWS_AT_ONCE, Draws, greedy, log_probabilities
 from microserve.engine.model.cuda_draw import draw
+from microserve.engine.plan import SequenceStart
 from microserve.kv.pool import PagePool, PageShape
 from microserve.runtime.messages import SamplingParams
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from microserve.engine.model.decoder import Decoder
 
 _DRAWN = SamplingParams(temperature=1.0, top_k=100, top_p=0.9, min_p=0.01)
+_ADJUSTED = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1, logit_bias={0: 1.0}, min_tokens=1)
 
 
 def worst_step_bytes(
@@ -51,7 +54,7 @@ def worst_step_bytes(
             step = StepAttention(attention, places, 0, table, table, targets, plan)
             hidden = decoder.forward(torch.zeros(tokens, dtype=torch.long, device=device), step)
             logits = decoder.logits(hidden[: min(tokens, max_running)])
-            _draw(logits)
+            _sample(logits)
         torch.cuda.synchronize(device)
     # The pool and the workspaces are among it: the real ones take their place.
     peak = torch.cuda.max_memory_allocated(device) - before - pool.nbytes
@@ -61,8 +64,28 @@ def worst_step_bytes(
     return peak
 
 
+def _sample(logits: torch.Tensor) -> None:
+    """What may be asked of rows, so that every kernel is there when the first token is drawn: draws of logits as they
+    are, and of as many as are adjusted at once, one part after the other."""
+    _draw(logits)
+    rows = logits[:ROWS_AT_ONCE]
+    adjustments = Adjustments(len(rows), rows.shape[1], rows.device)
+    history = np.zeros(2, dtype=np.int32)
+    for sequence in range(len(rows)):
+        adjustments.start(SequenceStart(sequence, history, 1, _ADJUSTED, 0, (0,)))
+    columns = torch.from_numpy(adjustments.columns(range(len(rows)))).to(rows.device)
+    places = torch.arange(len(rows), device=rows.device)
+    for _ in range(2):
+        adjusted = adjustments.adjusted(rows.index_select(0, places), columns, [(row, 0) for row in range(len(rows))])
+        best, ids = greedy(adjusted)
+        tokens = torch.where(torch.isfinite(best), ids, -1).int()
+        _draw(adjusted)
+        adjustments.count(columns, tokens)
+        log_probabilities(rows, tokens, places, min(MOST_LOGPROBS, rows.shape[1]))
+
+
 def _draw(logits: torch.Tensor) -> None:
-    """So that the kernel is there when the first token is drawn. It takes no memory to speak of."""
+    """It takes no memory to speak of."""
     draws = Draws(1)
     draws.start(0, _DRAWN, 0)
     columns = torch.from_numpy(draws.columns(np.zeros(1, dtype=np.int32), [0])).to(logits.device)

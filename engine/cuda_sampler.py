@@ -26,8 +26,6 @@ _GREEDY_PARTS = 64
 _GREEDY_MOST = 4096
 ROWS_AT_ONCE = 64
 """Whose logits are adjusted, or whose log probabilities are computed, together."""
-ROW_COPIES = 8
-"""Copies of a row's logits in float32 that such takes, at most."""
 MOST_LOGPROBS = 20
 """Tokens beside the chosen one, as messages allow."""
 
@@ -65,11 +63,10 @@ def log_probabilities(logits: Tensor, tokens: Tensor, rows: Tensor, most: int) -
     values, ids = [], []
     for begin in range(0, rows.shape[0], ROWS_AT_ONCE):
         part = rows[begin : begin + ROWS_AT_ONCE]
-        wide = logits.index_select(0, part).float()
+        wide = torch.log_softmax(logits.index_select(0, part), dim=-1, dtype=torch.float32)
         chosen = tokens.index_select(0, part).long().clamp_(min=0)
         best, places = wide.topk(most, dim=-1)
-        found = torch.cat((wide.gather(1, chosen.unsqueeze(1)), best), dim=1)
-        values.append(found - wide.logsumexp(dim=-1, keepdim=True))
+        values.append(torch.cat((wide.gather(1, chosen.unsqueeze(1)), best), dim=1))
         ids.append(places.int())
     return torch.cat(values), torch.cat(ids)
 

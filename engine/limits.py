@@ -38,14 +38,14 @@ class Sizes(NamedTuple):
     step_tokens: int
 
 
-_SIZES = ((64 << 30, Sizes(512, 8192)), (1, Sizes(256, 2048)), (0, Sizes(64, 512)))
-"""From so many bytes of GPU memory on. A large step keeps a GPU busy and delays the decodes in it: 8,192 tokens of an
-8B take an H200 0.2 s. Of its memory such a step takes 2 GiB."""
+_SIZES = ((56 << 30, Sizes(512, 8192)), (20 << 30, Sizes(256, 2048)), (0, Sizes(64, 512)))
+"""From so many bytes on that the engine may take of a GPU's memory. A large step keeps a GPU busy and delays the
+decodes in it: 8,192 tokens of an 8B take an H200 0.2 s. Of that memory such a step takes 2 GiB."""
 
 
 def sizes(config: EngineConfig, gpu_bytes: int = 0) -> Sizes:
     """What `config` says, and where it does not, what suits a GPU of `gpu_bytes`, or a CPU, and fits the rest."""
-    usual = next(found for least, found in _SIZES if gpu_bytes >= least)
+    usual = next(found for least, found in _SIZES if gpu_bytes * config.gpu_memory >= least)
     running, tokens = config.max_running, config.step_tokens
     if tokens is None:
         tokens = usual.step_tokens if running is None else max(usual.step_tokens, 2 * running)

@@ -40,7 +40,9 @@ class Progress:
     def look(self) -> str | None:
         """What is done now, in words; None when nothing has moved for so long that it is probably stuck."""
         probe = self._probe
-        if probe is not None and (found := probe()) != self._probed:
+        found = self._probed if probe is None else self._ask(probe)
+        # The stage may have ended meanwhile, and another one begun: this is not about that.
+        if probe is not None and self._probe is probe and found != self._probed:
             if self._instead and self._what != self._instead:
                 self._what = self._instead
                 _log.info(self._what)
@@ -50,6 +52,12 @@ class Progress:
         if self._clock() - self._moved_at > self._patience:
             return None
         return f"{self._what}: {self._steps}" if self._steps else self._what
+
+    def _ask(self, probe: Callable[[], int]) -> int:
+        try:
+            return probe()
+        except OSError:  # what it looks at may go away while it looks
+            return self._probed
 
     @contextmanager
     def stage(
@@ -65,7 +73,8 @@ class Progress:
         self._what, self._steps, self._patience, self._instead = what, "", patience, probed
         self._moved_at = self._clock()
         if probe is not None:
-            self._probed = probe()
+            self._probed = 0
+            self._probed = self._ask(probe)
         try:
             with _bar(what) if self._bars else nullcontext(_draw_nothing) as draw:
                 self._draw = draw
@@ -73,7 +82,7 @@ class Progress:
                 yield self._report
         finally:
             self._probe, self._draw = None, _draw_nothing
-            self._what, self._steps, self._patience = "starting", "", PATIENCE
+            self._what, self._steps, self._patience, self._instead = "starting", "", PATIENCE, ""
             self._moved_at = self._clock()
 
     def _report(self, done: int, total: int) -> None:

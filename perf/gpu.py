@@ -46,6 +46,8 @@ class Step:
 
 
 _PLAIN = ("--executor", "torch", "--batches", "1,64", "--prompts", "2048", "--requests", "0")
+_LARGE_STEPS = ("--flags", "--step-tokens 8192 --max-running 512")
+_ADJUSTED = ("--repetition-penalty", "1.1", "--logprobs", "5", "--batches", "1,64", "--prompts", "", "--requests", "0")
 _SERVED = ("--model", "llama-3.1-8b", "--engines", "1", "--executor", "cuda")
 STEPS = (
     Step(
@@ -57,7 +59,8 @@ STEPS = (
     Step("engine", ("perf.engine", "--limits"), 300),
     Step("loading", ("perf.loading",), 180),
     Step("kernels", ("perf.kernels",), 150),
-    Step("plain", ("perf.engine", *_PLAIN), 150),
+    Step("adjusted", ("perf.engine", *_ADJUSTED), 90),
+    Step("plain", ("perf.engine", *_PLAIN, *_LARGE_STEPS), 150),
     Step("serving", ("perf.serving", *_SERVED, "--rates", "4,16", "--requests", "120", "--repeat", "1"), 180),
     Step("transfer", ("perf.transfer", "--device", "cuda:0", "--peer-device", "cuda:1", "--mib", "384"), 120, gpus=2),
     Step("disaggregation", ("perf.disaggregation",), 240, gpus=2),

@@ -103,16 +103,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_running: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(
-            description="requests computed at once (not set: 64 on a CPU, 256 on a GPU, 512 from 64 GiB of it on, and "
-            "no more than half of step_tokens)"
+            description="requests computed at once (not set: 64; to the cuda executor 256 where it may take 20 GiB of "
+            "the GPU, 512 from 56 GiB on; and no more than half of step_tokens)"
         ),
     ] = None
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; one more is refused as busy")] = 1024
     step_tokens: Annotated[
         Annotated[int, Meta(ge=2)] | None,
         Meta(
-            description="token budget of a step: decodes, then prompt chunks (not set: 512 on a CPU, 2048 on a GPU, "
-            "8192 from 64 GiB of it on, and at least twice max_running)"
+            description="token budget of a step: decodes, then prompt chunks (not set: 512; to the cuda executor 2048 "
+            "where it may take 20 GiB of the GPU, 8192 from 56 GiB on; and at least twice max_running)"
         ),
     ] = None
     step_timeout: Annotated[

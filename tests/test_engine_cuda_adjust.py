@@ -106,6 +106,27 @@ def test_a_sequence_that_is_forgotten_leaves_its_place_clean(device: torch.devic
     assert len(adjustments) == 2
 
 
+def test_a_start_that_fails_takes_no_place_and_a_second_one_takes_that_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adjustments = make(torch.device("cpu"), most=1)
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("the host cannot pin")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(adjustments, "_sent", fails)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                adjustments.start(started(1, SETTINGS[0]))
+    assert 1 not in adjustments
+    for _ in range(3):
+        adjustments.start(started(1, SETTINGS[2], output=5))
+    adjusted, _ = step(adjustments, torch.zeros(1, VOCAB), [(1, 5)])
+    said = started(1, SETTINGS[2], output=5).history[6:]
+    assert sorted(adjusted[0].nonzero().flatten().tolist()) == sorted(set(said.tolist()))
+
+
 def test_numbers_of_a_token_do_not_run_over(device: torch.device) -> None:
     adjustments = make(device)
     history = np.full(40_000, 3, dtype=np.int32)

@@ -221,6 +221,10 @@ def test_mixed_batches_of_odd_lengths_are_those_of_transformers(serving: Serving
         oracle.check_near(prompt, answer, count)
 
 
+DRAWN: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.01, "seed": 1}
+ADJUSTED: dict[str, Any] = {
+    **{"repetition_penalty": 1.2, "frequency_penalty": 0.1, "logit_bias": {3: 1.0}, "min_tokens": 2}
+}
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 100, 129, 200, 300, 450]
 """Chunks, odd ends and whole pages, in steps of 256 tokens."""
 
@@ -441,16 +445,36 @@ def test_a_gpu_that_is_behind_reads_what_was_meant_for_each_step(
     monkeypatch.setattr(serving.executor, "launch", late)
     for prompt, answer in zip(given, serving.run(given, [6] * len(given), logprobs=5), strict=True):
         oracle.check_precise(prompt, answer, 6)
-    serving.cache.evict()
-    for prompt, answer in zip(given, serving.run(given, [6] * len(given)), strict=True):
-        oracle.check_near(prompt, answer, 6)
+    for sampling in (DRAWN, ADJUSTED, {**ADJUSTED, **DRAWN}):
+        serving.cache.evict()
+        behind = [answer.tokens for answer in serving.run(given, [6] * len(given), **sampling)]
+        with monkeypatch.context() as undelayed:
+            undelayed.setattr(serving.executor, "launch", launch)
+            serving.cache.evict()
+            assert behind == [answer.tokens for answer in serving.run(given, [6] * len(given), **sampling)]
+
+
+def test_rows_that_are_adjusted_in_parts_are_those_that_are_adjusted_at_once(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = prompts([17, 9, 33, 5, 40, 21, 12], seed=16)
+
+    def tokens() -> list[list[list[int]]]:
+        found = []
+        for sampling in (ADJUSTED, DRAWN):
+            serving.cache.evict()
+            found.append([answer.tokens for answer in serving.run(given, [12] * 7, logprobs=2, **sampling)])
+        return found
+
+    at_once = tokens()
+    monkeypatch.setattr("microserve.engine.cuda_executor.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("microserve.engine.cuda_sampler.ROWS_AT_ONCE", 3)
+    assert tokens() == at_once
 
 
 def test_a_step_that_draws_on_the_gpu_waits_for_nothing(serving: Serving) -> None:
     given = prompts([17, 300, 33], seed=14)
-    drawn = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.01, "seed": 1}
-    adjusted = {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "logit_bias": {3: 1.0}, "min_tokens": 2}
-    for sampling in ({}, drawn, {"logprobs": 5}, {"logprobs": 0, **drawn}, adjusted, {**adjusted, **drawn}):
+    for sampling in ({}, DRAWN, {"logprobs": 5}, {"logprobs": 0, **DRAWN}, ADJUSTED, {**ADJUSTED, **DRAWN}):
         serving.run(given, [4] * 3, **sampling)
         serving.cache.evict()
         torch.cuda.set_sync_debug_mode("error")

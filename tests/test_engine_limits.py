@@ -23,7 +23,9 @@ def config(running: int | None = None, tokens: int | None = None, executor: str 
     ("memory", "running", "tokens", "expected"),
     [
         (0, None, None, (64, 512)),
+        (16 * GIB, None, None, (64, 512)),
         (24 * GIB, None, None, (256, 2048)),
+        (60 * GIB, None, None, (256, 2048)),
         (64 * GIB, None, None, (512, 8192)),
         (140 * GIB, 100, 300, (100, 300)),
         # What is said is kept, and the other one fits it.
@@ -42,6 +44,12 @@ def test_steps_are_as_large_as_suits_what_computes(
     if memory == 0:
         limits = make_limits(given, 4096)
         assert (limits.max_running, limits.step_tokens) == expected
+
+
+def test_what_the_engine_may_take_counts_and_not_what_there_is() -> None:
+    shared = EngineConfig(model="m", gpu_memory=0.3)
+    assert sizes(shared, 80 * GIB) == (256, 2048)
+    assert sizes(shared, 60 * GIB) == (64, 512)
 
 
 def test_what_was_said_and_does_not_fit_is_refused() -> None:

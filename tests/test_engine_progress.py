@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -98,6 +98,30 @@ def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
     assert progress.look() == "starting"
     assert drawn == [(1, None), (3, None)]
     assert [record.getMessage() for record in caplog.records] == ["compiling"]
+
+
+def test_a_count_that_fails_or_comes_too_late_changes_nothing() -> None:
+    progress = Progress(clock=ManualClock())
+
+    def gone() -> int:
+        raise FileNotFoundError("a folder of the cache")
+
+    with progress.stage("measuring", probe=gone, probed="compiling"):
+        assert progress.look() == "measuring"
+    stages = ExitStack()
+
+    def late() -> int:
+        # Whoever works goes on to the next stage while somebody counts.
+        if started:
+            stages.close()
+            stages.enter_context(progress.stage("capturing"))
+        return len(started)
+
+    started: list[int] = []
+    stages.enter_context(progress.stage("measuring", probe=late, probed="compiling"))
+    started.append(1)
+    assert progress.look() == "capturing"
+    stages.close()
 
 
 def test_kernels_that_must_be_compiled_first_are_announced_and_counted(

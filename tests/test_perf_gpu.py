@@ -59,7 +59,17 @@ def test_steps_are_those_that_the_machine_has_gpus_for(capsys: pytest.CaptureFix
     alone = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert main(["--dry-run", "--gpus", "2"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [step.name for step in STEPS]
-    assert alone == ["tests", "executor_tests", "roofline", "engine", "loading", "kernels", "plain", "serving"]
+    assert alone == [
+        "tests",
+        "executor_tests",
+        "roofline",
+        "engine",
+        "loading",
+        "kernels",
+        "adjusted",
+        "plain",
+        "serving",
+    ]
     marked = [path for path in ROOT.glob("tests/test_*.py") if "mark." + "gpu" in path.read_text()]
     assert len(marked) == 6
     assert {f"tests/{path.name}" for path in marked} <= {*STEPS[0].command, *STEPS[1].command}

@@ -127,9 +127,10 @@ def test_a_table_of_another_name_is_told_which_may_be_meant(tmp_path: Path, caps
 
 
 def test_a_flag_that_nobody_has_is_told_no_place(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--nonsense"])
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+    for flag in ("--nonsense", "--events-bind"):
+        with pytest.raises(SystemExit):
+            main([flag])
+        assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flag}\n")
 
 
 # --- screen --------------------------------------------------------------------------------------------------------

@@ -67,12 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_OWN = ("engine_id", "events_bind", "router_id", "routers")
+"""Settings that every daemon of ours is told by us, whatever else is said."""
+
+
 def _meant(unknown: Sequence[str]) -> str:
     """Where the first of these flags that a daemon has is said to all of them."""
     for kind, cls in (("engine", EngineConfig), ("router", RouterConfig)):
         for flag in unknown:
             name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-            if flag.startswith("--") and name in cls.__struct_fields__:
+            if flag.startswith("--") and name in cls.__struct_fields__ and name not in _OWN:
                 variable = f"MICROSERVE_{kind.upper()}_{name.upper()}"
                 return f"; {name} is the {kind}s': set {variable}, or put it under [{kind}] in a file for --config"
     return ""

@@ -93,10 +93,11 @@ def _gated_of_many(dtype: torch.dtype, device: torch.device) -> Any:
         # Every model's sizes are multiples of sixteen, so this compiles what they will use.
         x, weight = (torch.ones(rows, 64, dtype=dtype, device=device) for rows in (16, 32))
         cuda_gated.gated(x, weight)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # whatever it was, two kernels do
+    except Exception as error:  # it cannot be imported, compiled or launched: two kernels do
         _log.warning("gate and up are computed in two kernels", reason=repr(error))
         return None
+    # Not above: after a fault in it, this process can use the GPU no more.
+    torch.cuda.synchronize(device)
     return cuda_gated
 
 

@@ -49,7 +49,7 @@ def _explain(wrong: Objection, expected: Any) -> InvalidRequest:
         known = _fields_at(expected, at)
         close = difflib.get_close_matches(name, known, n=1)
         # All of a long list would hide what is wrong.
-        hint = f"; there are: {', '.join(known)}" if len(known) <= _FEW else ""
+        hint = f"; there are: {', '.join(known)}" if 0 < len(known) <= _FEW else ""
         hint = f"; did you mean '{close[0]}'?" if close else hint
         return InvalidRequest(f"unknown field '{joined(at, name)}'{hint}", param=joined(at, name))
     refusal = wrong.refusal()

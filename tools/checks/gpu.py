@@ -112,7 +112,8 @@ def check_kernels(machine: Machine, *, installed: Callable[[str], str | None] = 
         return []
     environ = machine.environ
     flashinfer = Path(environ.get("FLASHINFER_WORKSPACE_BASE") or machine.home) / ".cache/flashinfer"
-    triton = Path(environ.get("TRITON_CACHE_DIR") or machine.home / ".triton/cache")
+    triton_home = Path(environ.get("TRITON_HOME") or machine.home)
+    triton = Path(environ.get("TRITON_CACHE_DIR") or triton_home / ".triton/cache")
     findings = [_kernels("FlashInfer", _modules(flashinfer), flashinfer, machine)]
     if (version := installed("flashinfer-jit-cache")) is not None:
         findings = [ok("kernels", f"FlashInfer's kernels come compiled with flashinfer-jit-cache {version}")]
