@@ -31,16 +31,16 @@ _PROMPTED = 0x4000
 
 @dataclass(frozen=True, slots=True)
 class _Adjusted:
-    """What is asked for a sequence. Tensors are on the device."""
+    """What is asked for a sequence."""
 
     row: int
     """Its place among those that are counted."""
     repetition: float
     presence: float
     frequency: float
-    biased: Tensor | None
-    biases: Tensor | None
-    ends: Tensor | None
+    biased: npt.NDArray[np.int64]
+    biases: npt.NDArray[np.float32]
+    ends: npt.NDArray[np.int64]
     """Tokens that `min_tokens` keeps away."""
     min_tokens: int
 
@@ -81,9 +81,9 @@ class Adjustments:
             sampling.repetition_penalty,
             sampling.presence_penalty,
             sampling.frequency_penalty,
-            self._sent(np.array([token for token, _ in known])) if known else None,
-            self._sent(np.array([bias for _, bias in known]), np.float32) if known else None,
-            self._sent(np.array(ends)) if ends and sampling.min_tokens else None,
+            np.array([token for token, _ in known], dtype=np.int64),
+            np.array([bias for _, bias in known], dtype=np.float32),
+            np.array(ends, dtype=np.int64),
             sampling.min_tokens,
         )
         self._seen[row].zero_()
@@ -121,12 +121,13 @@ class Adjustments:
         wide = torch.where(seen == 0, wide, torch.where(wide > 0, wide / repetition, wide * repetition))
         counts = (seen & _COUNT).float()
         wide -= torch.where(counts > 0, presence + frequency * counts, 0.0)
-        for place, (sequence, index) in enumerate(samples):
-            asked = self._known[sequence]
-            if asked.biased is not None and asked.biases is not None:
-                wide[place].index_add_(0, asked.biased, asked.biases)
-            if asked.ends is not None and index < asked.min_tokens:
-                wide[place].index_fill_(0, asked.ends, -torch.inf)
+        asked = [(place, self._known[sequence], index) for place, (sequence, index) in enumerate(samples)]
+        # All rows' in one launch.
+        if biased := [place * self._vocab + each.biased for place, each, _ in asked if len(each.biased)]:
+            biases = np.concatenate([each.biases for _, each, _ in asked])
+            wide.view(-1).index_add_(0, self._sent(np.concatenate(biased)), self._sent(biases, np.float32))
+        if kept := [place * self._vocab + each.ends for place, each, index in asked if index < each.min_tokens]:
+            wide.view(-1).index_fill_(0, self._sent(np.concatenate(kept)), -torch.inf)
         return wide
 
     def count(self, columns: Tensor, tokens: Tensor) -> None:
