@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
@@ -51,6 +52,8 @@ __all__ = [
 C = TypeVar("C", bound=Struct)
 
 _SECTIONS = ("engine", "router")
+_OF_A_CLUSTER = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
+"""What Kubernetes tells every container of a service: of one that is called microserve-router, it looks like ours."""
 _NEARLY = 0.7
 """How alike two names of a daemon are, of which one is a typing error."""
 
@@ -225,7 +228,7 @@ def _read_environ(cls: type[Struct], environ: Mapping[str, str], values: _Values
     for name, text in environ.items():
         if (meant := _mistyped(name, prefix)) in known:
             raise ConfigError(f"unknown setting {name}; did you mean {meant}?")
-        if not name.startswith(prefix) or name == f"{prefix}CONFIG":
+        if not name.startswith(prefix) or name == f"{prefix}CONFIG" or _OF_A_CLUSTER.fullmatch(name, len(prefix)):
             continue
         if name not in known:
             raise _unknown(name, known)

@@ -80,6 +80,21 @@ def test_environment_texts_become_typed_values() -> None:
     assert (config.log_json, config.keep_alive, config.advertise) == (True, 3.0, None)
 
 
+def test_what_a_cluster_tells_of_a_service_of_our_name_is_no_setting() -> None:
+    told = {
+        "MICROSERVE_ROUTER_SERVICE_HOST": "10.0.0.1",
+        "MICROSERVE_ROUTER_SERVICE_PORT": "8000",
+        "MICROSERVE_ROUTER_SERVICE_PORT_HTTP": "8000",
+        "MICROSERVE_ROUTER_PORT": "tcp://10.0.0.1:8000",
+        "MICROSERVE_ROUTER_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "MICROSERVE_ROUTER_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "MICROSERVE_ROUTER_HTTP_PORT": "81",
+    }
+    assert load_config(RouterConfig, environ=told) == RouterConfig(http_port=81)
+    with pytest.raises(ConfigError, match="unknown setting MICROSERVE_ROUTER_PORTS"):
+        load_config(RouterConfig, environ={"MICROSERVE_ROUTER_PORTS": "3"})
+
+
 def test_a_variable_of_a_daemon_that_is_nearly_ours_is_not_passed_over() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(EngineConfig, environ={"MICROSERVE_ENGNE_PAGE_SIZE": "3"})
