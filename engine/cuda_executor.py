@@ -5,7 +5,7 @@ sequence's slot, where the next step finds it. A step of decodes alone replays a
 size; rows that only pad it stand on a page that no sequence owns. A step with prompts and few tokens replays the graphs
 of `SegmentGraphs`.
 
-What the CPU writes for the GPU to read (pinned) exists twice and is used in turn: with two steps in flight, the one
+What the CPU writes in every step (pinned) exists twice and is used in turn: with two steps in flight, the one
 before the last has been collected.
 """
 

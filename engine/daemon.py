@@ -181,6 +181,7 @@ async def _open_unless_draining(
     """What takes long, and the configuration with sizes of steps. None: told to end meanwhile."""
 
     def work() -> tuple[EngineConfig, Executor, Transport | None]:
+        spin_little()
         sized = with_sizes(config)
         executor = open_executor(sized, progress)
         with progress.stage("opening the transport"):
@@ -218,7 +219,6 @@ def with_sizes(config: EngineConfig) -> EngineConfig:
     """`config`, where it says nothing of the size of steps, with what suits the device that computes."""
     memory = 0
     if config.executor in ("auto", "cuda") and None in (config.max_running, config.step_tokens):
-        spin_little()
         # Imported here: an engine with the fake executor needs no torch.
         from microserve.engine.cuda_open import cuda_device, gpu_bytes
 
@@ -236,7 +236,6 @@ def open_executor(config: EngineConfig, progress: Progress | None = None) -> Exe
             page_size=config.page_size,
             total_pages=config.kv_pages or config.fake.total_pages,
         )
-    spin_little()
     # Imported here: an engine with the fake executor needs no torch.
     from microserve.engine.cuda_open import cuda_device, open_cuda_executor
     from microserve.engine.torch_executor import open_torch_executor

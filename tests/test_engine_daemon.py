@@ -473,10 +473,9 @@ def test_kv_keeps_to_the_network_devices_that_are_set(monkeypatch: pytest.Monkey
 )
 def test_threads_that_compute_together_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
     """As libgomp itself has it, which looks at the environment once, when torch is loaded."""
-    code = "from microserve.engine.daemon import EngineConfig, open_executor; "
-    code += "open_executor(EngineConfig(model='/nope', executor='torch'))"
+    command = [sys.executable, "-P", "-m", "microserve.engine", "--model", "/nope"]
     environ = {name: value for name, value in daemon_environ().items() if not name.startswith(("OMP_", "GOMP_"))}
     environ |= {"OMP_DISPLAY_ENV": "verbose", **given}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert "no model '/nope'" in done.stderr
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -86,6 +86,8 @@ class Screen:
     def stopping(self) -> None:
         """Ctrl-C was heard."""
         self._stopping = True
+        if self._live is not None:
+            self._live.update(self._render())
 
     def _put(self, line: str) -> None:
         self._recent.append(_LOG_LINE.sub(r"\g<time> \g<level> ", line, count=1))

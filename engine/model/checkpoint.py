@@ -87,9 +87,8 @@ def dummy_weights(
 
     `progress` is called with (layers begun, layers in all).
     """
-    return _Loader(
-        config, _MadeUp(torch.device(device), config.layers, progress), dtype, torch.device(device), pack
-    ).load()
+    where = torch.device(device)
+    return _Loader(config, _MadeUp(where, config.layers, progress), dtype, where, pack).load()
 
 
 class _Parts(Protocol):
