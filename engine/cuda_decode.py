@@ -5,7 +5,8 @@ the page of the new token holds is never read back: its key and value are at han
 row of a few hundred tokens, is finished by its program; of several, the last to finish adds their parts up.
 
 FlashInfer's kernel for the same, which it builds from its prompt kernel, needs a plan that the CPU makes in each step,
-and two launches more. At contexts of a few hundred tokens it takes a quarter to a half longer; at thousands, less.
+and two launches more. At contexts of a few hundred tokens it takes longer by up to a quarter, without what it leaves to
+others; at thousands, as long (perf/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 
 _BLOCK = 64
 _WARPS = 4
-_STAGES = 2
+_STAGES = 3
+"""The numbers of the next pages are fetched while keys and values of the one before are waited for."""
+_LEAST_PARTS = ((64, 64), (256, 256))
+"""Tokens that are worth a part of their own, where rows times KV heads are so many at most: what would be idle costs
+nothing."""
 _LEAST_PART = 512
-"""Tokens that are not worth a second part; in batches of eight and fewer, which leave most of the GPU idle, a quarter
-of it is."""
 _PROGRAMS = 528
 """About what an H200 runs at once: more parts than that would only wait."""
-_MOST_PARTS = 32
+_MOST_PARTS = 64
+_AT_ONCE = 2048
+"""Numbers of parts that are added up at once: 16 a thread."""
+_LOWEST = tl.constexpr(-1e30)
+"""For what is not there: finite, so that it differs from itself by zero."""
 
 
 class DecodeAttention:
@@ -47,13 +54,19 @@ class DecodeAttention:
         self._overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cells = max(rows * self.parts(rows) for rows in range(1, most_rows + 1)) * shape.kv_heads
         group = triton.next_power_of_2(max(16, heads // shape.kv_heads))
-        self._sums = torch.empty(cells * group * shape.head_dim, dtype=torch.float32, device=device)
+        columns = triton.next_power_of_2(shape.head_dim)
+        self._sums = torch.empty(cells * group * columns, dtype=torch.float32, device=device)
         self._scales = torch.empty(2 * cells * group, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(most_rows * shape.kv_heads, dtype=torch.int32, device=device)
 
     def parts(self, rows: int) -> int:
         """Parts that the longest rows are cut into."""
         return max(2, min(_MOST_PARTS, _PROGRAMS // (rows * self._pool.shape.kv_heads)))
+
+    def least_part(self, rows: int) -> int:
+        """Tokens that are not cut any further."""
+        programs = rows * self._pool.shape.kv_heads
+        return next((tokens for most, tokens in _LEAST_PARTS if programs <= most), _LEAST_PART)
 
     def attend(
         self, layer: int, turning: Tensor, value: Tensor, positions: Tensor, indptr: Tensor, pages: Tensor, out: Tensor
@@ -68,6 +81,7 @@ class DecodeAttention:
         rows = turning.shape[0]
         group = self._heads // shape.kv_heads
         parts = self.parts(rows)
+        lanes, columns = triton.next_power_of_2(group), triton.next_power_of_2(shape.head_dim)
         _decode[(rows, shape.kv_heads, parts)](
             turning,
             value,
@@ -82,7 +96,7 @@ class DecodeAttention:
             self._scales,
             self._arrived,
             layer,
-            _LEAST_PART if rows > 8 else _LEAST_PART // 4,
+            self.least_part(rows),
             shape.head_dim**-0.5 * 1.4426950408889634,
             turning.stride(0),
             turning.stride(1),
@@ -95,8 +109,10 @@ class DecodeAttention:
             KV_HEADS=shape.kv_heads,
             GROUP=group,
             ROWS=triton.next_power_of_2(max(16, group)),
+            LANES=lanes,
+            TILE=max(1, _AT_ONCE // (lanes * columns)),
             HEAD_DIM=shape.head_dim,
-            COLUMNS=triton.next_power_of_2(shape.head_dim),
+            COLUMNS=columns,
             PAGE=shape.page_size,
             WINDOW=self._window,
             BLOCK=_BLOCK,
@@ -139,6 +155,8 @@ def _decode(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -237,19 +255,31 @@ def _decode(  # type: ignore[no-untyped-def]
     before = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu")
     if before == count - 1:
         tl.debug_barrier()
-        for other in range(0, count):
-            theirs = scales + (cell + other) * 2 * ROWS
-            their_best = tl.load(theirs + heads, cache_modifier=".cg")
-            their_total = tl.load(theirs + ROWS + heads, cache_modifier=".cg")
-            parts = sums + (cell + other).to(tl.int64) * ROWS * COLUMNS
+        # Some parts at a time: one after the other, each would wait for the L2 cache. A warp has a query head of its
+        # own, so that nothing passes between warps.
+        lanes = tl.arange(0, LANES)
+        top = tl.full((LANES,), _LOWEST, tl.float32)
+        whole = tl.zeros((LANES,), tl.float32)
+        merged = tl.zeros((LANES, COLUMNS), tl.float32)
+        for some in range(0, count, TILE):
+            others = some + tl.arange(0, TILE)[None, :]
+            wanted = (others < count) & (lanes < GROUP)[:, None]
+            theirs = (cell + others) * 2 * ROWS + lanes[:, None]
+            their_best = tl.load(scales + theirs, mask=wanted, other=_LOWEST, cache_modifier=".cg")
+            their_total = tl.load(scales + theirs + ROWS, mask=wanted, other=0.0, cache_modifier=".cg")
             their_sum = tl.load(
-                parts + heads[:, None] * COLUMNS + columns[None, :], mask=known, other=0.0, cache_modifier=".cg"
+                (sums + ((cell + others).to(tl.int64) * ROWS + lanes[:, None]) * COLUMNS)[:, :, None]
+                + columns[None, None, :],
+                mask=wanted[:, :, None] & inside[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
             )
-            if other != part:
-                better = tl.maximum(best, their_best)
-                fade, their_fade = tl.exp2(best - better), tl.exp2(their_best - better)
-                total = total * fade + their_total * their_fade
-                sum_ = sum_ * fade[:, None] + their_sum * their_fade[:, None]
-                best = better
-        tl.store(target, sum_ / total[:, None], mask=known)
+            higher = tl.maximum(top, tl.max(their_best, axis=1))
+            our_fade, their_fade = tl.exp2(top - higher), tl.exp2(their_best - higher[:, None])
+            whole = whole * our_fade + tl.sum(their_total * their_fade, axis=1)
+            merged = merged * our_fade[:, None] + tl.sum(their_sum * their_fade[:, :, None], axis=1)
+            top = higher
+        place = out + (row.to(tl.int64) * KV_HEADS * GROUP + kv_head * GROUP + lanes)[:, None] * HEAD_DIM
+        result = merged / whole[:, None]
+        tl.store(place + columns[None, :], result, mask=(lanes < GROUP)[:, None] & inside[None, :])
         tl.store(arrived + row * KV_HEADS + kv_head, 0)

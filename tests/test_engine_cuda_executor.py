@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-pytestmark = pytest.mark.gpu
+# FlashInfer may have to compile its kernels first, some two minutes for each kind of attention.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 CASES: dict[str, dict[str, Any]] = {
     "heads-of-128": {
@@ -472,13 +473,14 @@ def test_rows_that_are_adjusted_in_parts_are_those_that_are_adjusted_at_once(
     assert tokens() == at_once
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_that_draws_on_the_gpu_waits_for_nothing(serving: Serving) -> None:
     given = prompts([17, 300, 33], seed=14)
     for sampling in ({}, DRAWN, {"logprobs": 5}, {"logprobs": 0, **DRAWN}, ADJUSTED, {**ADJUSTED, **DRAWN}):
         serving.run(given, [4] * 3, **sampling)
         serving.cache.evict()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             serving.run(given, [12] * 3, **sampling)
         finally:
             torch.cuda.set_sync_debug_mode("default")
