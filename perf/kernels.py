@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="(default: %(default)s)")
     parser.add_argument("--prompts", default="128,512,2048,8192", help="prefill lengths (default: %(default)s)")
-    parser.add_argument("--decodes", default="1,64,256", help="decode batches (default: %(default)s)")
+    parser.add_argument("--decodes", default="1,8,64,256", help="decode batches (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=500, help="of 1,024 in and 256 out (default: %(default)s)")
     parser.add_argument("--names", action="store_true", help="name the kernels of each kind on standard error")
     args = bench.arguments(parser, repeat=5, warmup=1)
