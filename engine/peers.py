@@ -98,8 +98,8 @@ class Peers:
         self._is_dead = is_dead
         self._links: dict[tuple[str, int], Link] = {}
         """By engine and epoch: what only says that it is a newer incarnation does not displace one that answers."""
-        self._known: dict[str, tuple[int, Incarnation]] = {}
-        """The newest incarnation of each engine that said hello to us."""
+        self._known: dict[str, tuple[int, Incarnation | None]] = {}
+        """The newest incarnation of each engine that said hello to us; None once that is over."""
         self._lost: dict[tuple[str, int], float] = {}
         """Incarnations whose session to us broke, and when."""
         self._watch: asyncio.Task[None] | None = None
@@ -156,9 +156,10 @@ class Peers:
         known = self._links.get(key)
         if known is not None:
             return known
-        newest = self._known.get(peer.engine_id, (0, self._me))[0]
+        newest, incarnation = self._known.get(peer.engine_id, (0, self._me))
         opened = [link.epoch for link in self._links.values() if link.engine_id == peer.engine_id and link.proven]
-        if self._closed or peer.epoch < max([newest, *opened]):
+        over = incarnation is None and peer.epoch == newest
+        if self._closed or over or peer.epoch < max([newest, *opened]):
             return None
         link = Link(peer, reset=self._connect_again)
         self._links[key] = link
@@ -325,7 +326,7 @@ class Peers:
         if len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
         self._lost.pop((body.engine_id, epoch), None)
-        if known is not None and known[0] < epoch:
+        if known is not None and known[0] < epoch and known[1] is not None:
             self._over(body.engine_id, known[0])
 
     def session_lost(self, session: Session) -> None:
@@ -347,7 +348,7 @@ class Peers:
     def _look(self) -> None:
         for (engine_id, epoch), since in list(self._lost.items()):
             known = self._known.get(engine_id)
-            if known is None or known[0] != epoch:
+            if known is None or known[0] != epoch or known[1] is None:
                 del self._lost[engine_id, epoch]
             elif self._is_dead(known[1], self._me.host):
                 self._over(engine_id, epoch)
@@ -357,6 +358,8 @@ class Peers:
     def _over(self, engine_id: str, epoch: int) -> None:
         """This incarnation is dead: it writes no more."""
         self._lost.pop((engine_id, epoch), None)
+        if self._known[engine_id][0] == epoch:
+            self._known[engine_id] = (epoch, None)
         _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
         self._dead(engine_id, epoch)
         for link in [each for each in self._links.values() if each.engine_id == engine_id and each.epoch <= epoch]:

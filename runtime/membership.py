@@ -12,7 +12,7 @@ import contextlib
 import random
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from microserve.runtime.errors import InvalidRequest, MicroserveError, NotFound
 from microserve.runtime.log import get_logger
@@ -250,7 +250,7 @@ class Announcer:
             try:
                 client = await connect(self._bus, endpoint)
             except MicroserveError as error:
-                self._log.warning("router does not answer", every=30.0, router=endpoint, error=error)
+                self._tell("router does not answer", every=30.0, router=endpoint, error=error)
             else:
                 try:
                     told = await self._announce(client)
@@ -259,7 +259,7 @@ class Announcer:
                     self._log.info("announced", router=endpoint)
                     await self._beat(client, self._wakes[endpoint], told)
                 except MicroserveError as error:
-                    self._log.warning("router lost", every=5.0, router=endpoint, error=error)
+                    self._tell("router lost", every=5.0, router=endpoint, error=error)
                     self._announced.pop(endpoint, None)
                     client.session.close("announcing again")
                 except asyncio.CancelledError:
@@ -270,6 +270,11 @@ class Announcer:
             # Spread, so that a fleet does not come back to a restarted router in one instant.
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, _LAST_RETRY)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        """To an engine that stops, a router that has stopped before it is no trouble."""
+        tell = self._log.info if self._load().state == "draining" else self._log.warning
+        tell(event, **fields)
 
     async def _announce(self, client: RpcClient) -> EngineInfo:
         """What the router was told."""

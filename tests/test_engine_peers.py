@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -216,6 +217,23 @@ def test_a_peer_that_is_proven_dead_is_forgotten_at_once(state: str) -> None:
         assert await fleet.until(lambda: a.core.peers.get("c") is None) < 3.0
 
     run_fleet(work)
+
+
+def test_that_a_peer_is_dead_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(fleet: Fleet) -> None:
+        a, b = fleet.engines
+        await b.kill()
+        await fleet.until(lambda: a.core.peers.get("b") is None)
+        # Whoever still names the dead one is answered at once, and it is not dialled.
+        await fleet.ask(a, Meet(peers=[b.address]), Ok)
+        assert a.core.peers.get("b") is None
+        await fleet.add("b", epoch=2)
+        await fleet.meet()
+        assert link_of(a, "b").epoch == 2
+
+    with caplog.at_level(logging.INFO):
+        run_fleet(work)
+    assert [record.getMessage() for record in caplog.records].count("peer is dead") == 1
 
 
 def test_a_peer_that_stays_away_is_forgotten() -> None:
