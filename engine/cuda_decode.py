@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 64
 _WARPS = 4
-_STAGES, _STAGES_OF_MANY = 3, 2
-"""With three, the numbers of the next pages are fetched ahead; that takes registers, so that a multiprocessor holds
-four programs and not five. Where they come in waves anyway, five are faster."""
-_MANY = 1056
-"""Programs that are two waves."""
+_STAGES = 3
+"""The numbers of the next pages are fetched while keys and values of the one before are waited for."""
 _LEAST_PARTS = ((64, 64), (256, 256))
 """Tokens that are worth a part of their own, where rows times KV heads are so many at most: what would be idle costs
 nothing."""
@@ -119,7 +116,7 @@ class DecodeAttention:
             PAGE=shape.page_size,
             WINDOW=self._window,
             BLOCK=_BLOCK,
-            STAGES=_STAGES_OF_MANY if rows * shape.kv_heads > _MANY else _STAGES,
+            STAGES=_STAGES,
             OVERLAP=self._overlap,
             num_warps=_WARPS,
             launch_pdl=self._overlap,
@@ -177,8 +174,9 @@ def _decode(  # type: ignore[no-untyped-def]
         first = tl.maximum(0, position - WINDOW + 1)
     size = tl.maximum(tl.cdiv(tl.cdiv(position - first, tl.num_programs(2)), BLOCK) * BLOCK, least_part)
     count = tl.maximum(1, tl.cdiv(position - first, size))
-    # Nothing to do, so nothing to wait for: others of this launch do, and its end is theirs.
     if part >= count:
+        if OVERLAP:
+            gdc_wait()
         return
     table = pages + tl.load(indptr + row)
     heads = tl.arange(0, ROWS)

@@ -156,10 +156,9 @@ class Peers:
         known = self._links.get(key)
         if known is not None:
             return known
-        newest, incarnation = self._known.get(peer.engine_id, (0, self._me))
+        newest = self._known.get(peer.engine_id, (0, None))[0]
         opened = [link.epoch for link in self._links.values() if link.engine_id == peer.engine_id and link.proven]
-        over = incarnation is None and peer.epoch == newest
-        if self._closed or over or peer.epoch < max([newest, *opened]):
+        if self._closed or peer.epoch < max([newest, *opened]):
             return None
         link = Link(peer, reset=self._connect_again)
         self._links[key] = link
@@ -326,8 +325,8 @@ class Peers:
         if len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
         self._lost.pop((body.engine_id, epoch), None)
-        if known is not None and known[0] < epoch and known[1] is not None:
-            self._over(body.engine_id, known[0])
+        if known is not None and known[0] < epoch:
+            self._over(body.engine_id, known[0], told=known[1] is None)
 
     def session_lost(self, session: Session) -> None:
         """An engine that had introduced itself has gone, or cannot be heard; whether it is dead is looked at now."""
@@ -355,13 +354,14 @@ class Peers:
             elif self._clock() - since > FORGET and not self._suspicious():
                 del self._lost[engine_id, epoch]
 
-    def _over(self, engine_id: str, epoch: int) -> None:
-        """This incarnation is dead: it writes no more."""
+    def _over(self, engine_id: str, epoch: int, *, told: bool = False) -> None:
+        """This incarnation is dead: it writes no more. `told`: that was seen before, and somebody named it again."""
         self._lost.pop((engine_id, epoch), None)
         if self._known[engine_id][0] == epoch:
             self._known[engine_id] = (epoch, None)
-        _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
-        self._dead(engine_id, epoch)
+        if not told:
+            _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
+            self._dead(engine_id, epoch)
         for link in [each for each in self._links.values() if each.engine_id == engine_id and each.epoch <= epoch]:
             # Whoever was told disconnects it, behind its last words.
             link.connected = False
