@@ -1,8 +1,8 @@
 """Attention of decodes over the paged pool, in Triton: one launch rotates, stores the new token's KV, and attends.
 
 One program takes one row, one KV head with all query heads that share it, and one part of what the row has seen. What
-the page of the new token holds is never read back: its key and value are at hand. A row of one part, which is any
-row of a few hundred tokens, is finished by its program; of several, the last to finish adds their parts up.
+the page of the new token holds is never read back: its key and value are at hand. A row of one part is finished by its
+program; of several, the last to finish adds their parts up.
 
 FlashInfer's kernel for the same, which it builds from its prompt kernel, needs a plan that the CPU makes in each step,
 and two launches more. At contexts of a few hundred tokens it takes longer by up to a quarter, without what it leaves to
@@ -27,15 +27,16 @@ _BLOCK = 64
 _WARPS = 4
 _STAGES = 3
 """The numbers of the next pages are fetched while keys and values of the one before are waited for."""
-_LEAST_PARTS = ((64, 64), (256, 256))
-"""Tokens that are worth a part of their own, where rows times KV heads are so many at most: what would be idle costs
-nothing."""
+_LEAST_PARTS = {64: 64, 256: 256}
+"""Up to so many rows times KV heads, tokens that are worth a part of their own: a GPU that is mostly idle is cut for
+earlier."""
 _LEAST_PART = 512
+"""The same, for more."""
 _PROGRAMS = 528
 """About what an H200 runs at once: more parts than that would only wait."""
 _MOST_PARTS = 64
 _AT_ONCE = 2048
-"""Numbers of parts that are added up at once: 16 a thread."""
+"""Values (float32) of parts that are added up at once: 16 a thread, four parts of 4 heads of 128."""
 _LOWEST = tl.constexpr(-1e30)
 """For what is not there: finite, so that it differs from itself by zero."""
 
@@ -66,7 +67,7 @@ class DecodeAttention:
     def least_part(self, rows: int) -> int:
         """Tokens that are not cut any further."""
         programs = rows * self._pool.shape.kv_heads
-        return next((tokens for most, tokens in _LEAST_PARTS if programs <= most), _LEAST_PART)
+        return next((tokens for most, tokens in _LEAST_PARTS.items() if programs <= most), _LEAST_PART)
 
     def attend(
         self, layer: int, turning: Tensor, value: Tensor, positions: Tensor, indptr: Tensor, pages: Tensor, out: Tensor
@@ -255,8 +256,8 @@ def _decode(  # type: ignore[no-untyped-def]
     before = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu")
     if before == count - 1:
         tl.debug_barrier()
-        # Some parts at a time: one after the other, each would wait for the L2 cache. A warp has a query head of its
-        # own, so that nothing passes between warps.
+        # Some parts at a time: one after the other, each would wait for the L2 cache. Heads come first, so that each
+        # warp gets heads of its own where there are four and more, and sums do not pass between warps.
         lanes = tl.arange(0, LANES)
         top = tl.full((LANES,), _LOWEST, tl.float32)
         whole = tl.zeros((LANES,), tl.float32)

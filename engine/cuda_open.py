@@ -24,6 +24,7 @@ from microserve.runtime.models import resolve_model
 from microserve.runtime.settings import DEFAULT_KV_MEMORY, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from microserve.engine.cuda_executor import CudaExecutor
@@ -117,7 +118,7 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
         max_context=max_context,
         dummy=config.dummy_weights,
     )
-    with progress.stage("capturing graphs", patience=_COMPILING) as report:
+    with compiling_stage(progress, "capturing graphs") as report:
         executor = CudaExecutor(decoder, pool, info, max_running=max_running, step_tokens=step_tokens, progress=report)
     _log.info(
         "gpu ready",
@@ -135,13 +136,18 @@ def open_cuda_executor(config: EngineConfig, device: torch.device, progress: Pro
 
 
 def first_step(progress: Progress) -> AbstractContextManager[object]:
-    """The stage of the first step. FlashInfer and Triton compile in it what no start before has left: that is told as
-    soon as it is seen."""
+    """The stage of the first step, in which FlashInfer compiles."""
     if not _flashinfer_modules():
         _log.info("kernels are not compiled yet: the first start takes minutes", folder=str(kernel_folder()))
+    return compiling_stage(progress, "measuring the worst step")
+
+
+def compiling_stage(progress: Progress, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A stage in which FlashInfer and Triton compile what no start before has left: that is told as soon as it is
+    seen."""
     before = compiled_kernels()
     return progress.stage(
-        "measuring the worst step",
+        what,
         patience=_COMPILING,
         probe=lambda: compiled_kernels() - before,
         probed="compiling kernels, which the first start does",

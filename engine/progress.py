@@ -28,12 +28,14 @@ class Progress:
         """`bars` are drawn on standard error."""
         self._bars = bars
         self._clock = clock
-        self._what = "starting"
+        self._stage = self._what = "starting"
         self._steps = ""
         self._patience = PATIENCE
         self._probe: Callable[[], int] | None = None
         self._probed = 0
         self._instead = ""
+        self._logged = False
+        """Whether it was said that this stage is another one."""
         self._draw: Callable[[int, int | None], None] = _draw_nothing
         self._moved_at = clock()
 
@@ -43,8 +45,9 @@ class Progress:
         found = self._probed if probe is None else self._ask(probe)
         # The stage may have ended meanwhile, and another one begun: this is not about that.
         if probe is not None and self._probe is probe and found != self._probed:
-            if self._instead and self._what != self._instead:
-                self._what = self._instead
+            self._what = self._instead or self._what
+            if self._instead and not self._logged:
+                self._logged = True
                 _log.info(self._what)
             self._probed, self._steps = found, f"{found} so far"
             self._moved_at = self._clock()
@@ -66,11 +69,12 @@ class Progress:
         """One stage; gives what is to be called with (done, in all).
 
         `probe` is asked by whoever looks how many things are done, where the work itself cannot tell. Once some are,
-        the stage is called `probed`.
+        the stage is called `probed`, until the work tells something itself.
         """
         # The probe goes first and comes last: whoever looks meanwhile must not ask it about another stage.
         self._probe = None
-        self._what, self._steps, self._patience, self._instead = what, "", patience, probed
+        self._stage = self._what = what
+        self._steps, self._patience, self._instead, self._logged = "", patience, probed, False
         self._moved_at = self._clock()
         if probe is not None:
             self._probed = 0
@@ -82,10 +86,12 @@ class Progress:
                 yield self._report
         finally:
             self._probe, self._draw = None, _draw_nothing
-            self._what, self._steps, self._patience, self._instead = "starting", "", PATIENCE, ""
+            self._stage = self._what = "starting"
+            self._steps, self._patience, self._instead = "", PATIENCE, ""
             self._moved_at = self._clock()
 
     def _report(self, done: int, total: int) -> None:
+        self._what = self._stage
         self._steps = f"{done}/{total}" if total <= _EXACT else f"{100 * done // total}%"
         self._moved_at = self._clock()
         self._draw(done, total)

@@ -39,6 +39,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
         (8, 2, 64, 50, [0, 48, 49, 50, 51, 333]),
         (8, 2, 64, 900, [2000] * 12),
         (4, 1, 128, None, [300 + i for i in range(70)]),
+        (16, 8, 64, None, [500 + 7 * i for i in range(40)]),
     ],
 )
 def test_decodes_store_their_token_and_attend_to_all_before_it(
@@ -59,6 +60,12 @@ def test_decodes_store_their_token_and_attend_to_all_before_it(
     qkv = torch.randn(rows, heads + 2 * kv_heads, head_dim, device=DEVICE).to(dtype)
     turning, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     attention = DecodeAttention(pool, heads, window, cos, sin, rows)
+    guards = []
+    for name in ("_sums", "_scales"):
+        size = getattr(attention, name).numel()
+        guarded = torch.full((size + 8192,), 7.0, device=DEVICE)
+        setattr(attention, name, guarded[:size])
+        guards.append(guarded[size:])
     # What was left in a page behind the last token must not matter.
     for row, position in enumerate(positions):
         pool.tensor[table[indptr[row + 1] - 1], :, :, :, position % page + 1 :] = float("nan")
@@ -77,6 +84,7 @@ def test_decodes_store_their_token_and_attend_to_all_before_it(
             query = turned[row, :heads].view(kv_heads, -1, head_dim)
             exact = functional.scaled_dot_product_attention(query, key, seen).view(heads, head_dim)
             assert relative_error(out[row], exact) < TOLERANCE[dtype], (layer, position)
+    assert all(bool((guard == 7).all()) for guard in guards), "it wrote beyond its own"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 33, 64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import signal
 import subprocess
@@ -401,6 +402,24 @@ def test_wrong_flags_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert error.startswith("microserve engine: error: page_size: 'many' is not a whole number")
     assert error.count("\n") == 1
+
+
+def test_the_collector_need_not_look_at_what_a_start_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[Any] = []
+
+    def run(work: Any, *, name: str) -> int:
+        works.append(work)
+        return 0
+
+    monkeypatch.setattr(daemon, "run_service", run)
+    monkeypatch.setattr(daemon, "setup_logging", lambda *args, **settings: None)
+    assert main(["--executor", "fake"]) == 0
+    before = gc.get_freeze_count()
+    try:
+        works[0].keywords["ready"]()
+        assert gc.get_freeze_count() > before + 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_process_serves_and_ends_with_0_on_sigterm() -> None:

@@ -100,6 +100,22 @@ def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
     assert [record.getMessage() for record in caplog.records] == ["compiling"]
 
 
+def test_what_is_counted_from_outside_gives_way_to_what_the_work_tells(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    built = [0]
+    progress = Progress(clock=ManualClock())
+    with progress.stage("capturing graphs", probe=lambda: built[0], probed="compiling") as report:
+        built[0] = 2
+        assert progress.look() == "compiling: 2 so far"
+        report(1, 20)
+        assert progress.look() == "capturing graphs: 1/20"
+        built[0] = 3
+        assert progress.look() == "compiling: 3 so far"
+        report(2, 20)
+        assert progress.look() == "capturing graphs: 2/20"
+    assert [record.getMessage() for record in caplog.records] == ["compiling"]
+
+
 def test_a_count_that_fails_or_comes_too_late_changes_nothing() -> None:
     progress = Progress(clock=ManualClock())
 
@@ -153,3 +169,10 @@ def test_kernels_that_must_be_compiled_first_are_announced_and_counted(
         (triton / "abc" / "kernel.cubin").touch()
         assert progress.look() == f"{told}: 1 so far"
     assert [record.getMessage() for record in caplog.records][2:] == [told]
+    with cuda_open.compiling_stage(progress, "capturing graphs") as report:
+        report(1, 2)
+        (triton / "def").mkdir()
+        (triton / "def" / "kernel.cubin").touch()
+        assert progress.look() == f"{told}: 1 so far"
+        report(2, 2)
+        assert progress.look() == "capturing graphs: 2/2"
