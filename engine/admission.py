@@ -165,8 +165,8 @@ class Admission:
             whole, lock = lock, cache.acquire(request.history[:known], known - 1)
             cache.release(whole)
             begin = lock.length  # the page behind it is a fresh one
-        request.cached = min(matched, request.prompt_length)
-        self._counts["hit"] += matched
+        request.cached = min(lock.length, request.prompt_length)
+        self._counts["hit"] += lock.length
         self._counts["lookup"] += known
         self._begin(request, lock, np.concatenate((pages, more)) if len(more) else pages, step)
         request.scheduled = request.computed = max(lock.length, min(begin, known - 1))

@@ -181,6 +181,11 @@ class Generation:
         return len(self._output)
 
     @property
+    def completion_tokens(self) -> int:
+        """As in `usage`: the token that stopped it is one of them."""
+        return len(self._output) + (self.finish is not None and self.finish.stop_token is not None)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that nobody computed for it, as far as that is known before its end."""
         if self._cached is not None:

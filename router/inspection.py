@@ -36,7 +36,7 @@ class Inspection:
         self._recent.append(described)
         error = generation.error
         if error is not None or _log.wants_debug:
-            _tell(described, generation.engine_epochs, error)
+            _tell(described, generation, error)
 
     def requests(self, open_ones: Iterable[Generation], *, request_id: str | None, recent: int, limit: int) -> Requests:
         """`open_ones` oldest first and the last `recent`, newest first; or those of one id alone."""
@@ -62,9 +62,9 @@ class Inspection:
             state=state,
             age=self._clock() - created,
             prompt_tokens=len(generation.request.prompt),
-            output_tokens=generation.output_tokens,
+            output_tokens=generation.completion_tokens,
             cached_tokens=generation.cached_tokens,
-            engines=list(generation.engine_ids),
+            engines=_engines(generation),
             first_token=None if first is None else first - created,
             ended=None if ended is None else ended - created,
             error="" if error is None else error.message,
@@ -72,7 +72,14 @@ class Inspection:
         )
 
 
-def _tell(ended: RequestInfo, epochs: Iterable[int], error: MicroserveError | None) -> None:
+def _engines(generation: Generation) -> list[str]:
+    """Those that only helped, and those that generate, each in the order in which they were asked."""
+    generating = generation.engine_ids
+    helped = dict.fromkeys(record.engine for record in generation.sub_requests)
+    return [*(each for each in helped if each not in generating), *generating]
+
+
+def _tell(ended: RequestInfo, generation: Generation, error: MicroserveError | None) -> None:
     """One line for a request that has ended: those that went well are for whoever looks closely."""
     tell = _log.warning
     if error is None:
@@ -86,8 +93,8 @@ def _tell(ended: RequestInfo, epochs: Iterable[int], error: MicroserveError | No
         request=ended.request_id,
         model=ended.model,
         strategy=ended.strategy,
-        engines=",".join(ended.engines),
-        engine_epochs=",".join(f"{each:x}" for each in epochs),
+        engines=",".join(generation.engine_ids),
+        engine_epochs=",".join(f"{each:x}" for each in generation.engine_epochs),
         outcome=ended.state,
         prompt_tokens=ended.prompt_tokens,
         output_tokens=ended.output_tokens,

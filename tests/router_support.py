@@ -219,7 +219,13 @@ class ScriptedEngine:
         await self._network.settle()
 
     async def finish(
-        self, *ids: int, call: int = -1, reason: str = "length", cached: int = 0, received: int = 0
+        self,
+        *ids: int,
+        call: int = -1,
+        reason: str = "length",
+        cached: int = 0,
+        received: int = 0,
+        stop_token: int | None = None,
     ) -> None:
         """Streams the last tokens and ends the call."""
         incoming = self.calls[call]
@@ -227,9 +233,9 @@ class ScriptedEngine:
         if ids:
             incoming.part(Tokens(ids=pack_tokens(ids), cached=cached))
         prompt = len(unpack_tokens(self.started(call).prompt))
-        completion = self.started(call).prior_output + len(ids)
+        completion = self.started(call).prior_output + len(ids) + (stop_token is not None)
         usage = Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached)
-        incoming.reply(Generated(finish_reason=reason, usage=usage, received_tokens=received))
+        incoming.reply(Generated(finish_reason=reason, usage=usage, received_tokens=received, stop_token=stop_token))
         await self._network.settle()
 
     async def fail(self, error: MicroserveError, *, call: int = -1) -> None:

@@ -315,7 +315,7 @@ def test_an_engine_that_drains_or_hangs_is_not_ready_and_still_scraped(monkeypat
     monkeypatch.setattr(daemon, "_STATS_LIMIT", 0.05)
 
     async def main() -> None:
-        config = EngineConfig(model="m", executor="fake", fake=INSTANT)
+        config = EngineConfig(model="m", executor="fake", fake=INSTANT, routers=("tcp://127.0.0.1:9",))
         bus = ZmqBus(Peer("engine", "e1", 1))
         engine = Engine(config, "e1", 1, open_executor(config), None, bus)
         http = MetricsHttp(engine.metrics, engine.not_ready)

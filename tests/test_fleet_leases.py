@@ -57,6 +57,21 @@ def test_a_lease_expires() -> None:
     run_fleet(work, lease_term=5.0)
 
 
+def test_what_a_lease_matched_whole_counts_as_without_a_lease() -> None:
+    """The last token is computed in any case, and with it the page that it is in."""
+
+    async def work(fleet: Fleet) -> None:
+        _, b = fleet.engines
+        prompt = prompt_of(48)
+        assert (await answers(fleet, b, prompt)).usage.cached_tokens == 0
+        cached = (await answers(fleet, b, prompt)).usage.cached_tokens
+        kv = await fleet.prep_recv(b, prompt, end=-1)
+        assert kv.matched == 48
+        assert (await answers(fleet, b, prompt, kv=kv)).usage.cached_tokens == cached == 44
+
+    run_fleet(work)
+
+
 def test_a_lease_expires_during_a_push() -> None:
     async def work(fleet: Fleet) -> None:
         a, b = fleet.engines

@@ -62,7 +62,7 @@ def test_a_request_is_seen_with_its_sub_requests_while_it_runs_and_after() -> No
         await asyncio.sleep(0.5)
         [seen] = (await client.requests()).requests
         assert (seen.request_id, seen.state, seen.age, seen.prompt_tokens) == ("q", "running", 0.5, 90)
-        assert (seen.engines, seen.first_token, seen.ended) == (["b"], None, None)
+        assert (seen.engines, seen.first_token, seen.ended) == (["a", "b"], None, None)
         facts = [(sub.verb, sub.engine, sub.begin, sub.end, sub.ended, sub.outcome) for sub in seen.sub_requests]
         assert facts == [
             ("prep_recv", "b", 0, 89, 0.0, "ok"),
@@ -89,6 +89,20 @@ def test_a_request_is_seen_with_its_sub_requests_while_it_runs_and_after() -> No
         assert receiver.last(PrepRecv).done
 
     with_client(work, prefill_decode.configure({"early_first": 0}))
+
+
+def test_the_token_that_stopped_a_request_is_one_of_its_output_as_in_usage() -> None:
+    async def work(world: World, client: AsyncClient) -> None:
+        engine = await world.add("a")
+        generation = world.generate(range(1, 20), request_id="q", max_tokens=9)
+        await world.settle()
+        await engine.finish(5, 6, reason="stop", stop_token=2)
+        await read(generation)
+        assert generation.finish is not None
+        [seen] = (await client.requests(recent=1)).recent
+        assert seen.output_tokens == generation.finish.usage.completion_tokens == 3
+
+    with_client(work)
 
 
 def test_the_line_of_a_request_that_failed_names_engines_with_their_epochs(

@@ -235,6 +235,28 @@ def test_nonsense_of_a_stranger_is_counted_and_dropped() -> None:
     asyncio.run(main())
 
 
+def test_who_leaves_before_the_handshake_was_not_refused_where_there_are_no_keys(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with World("tcp") as world:
+            engine = world.bus(ENGINE)
+            listener = await engine.listen("tcp://127.0.0.1:*", there := Recorder())
+            host, port = listener.endpoint.removeprefix("tcp://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+            async with asyncio.timeout(PATIENCE):
+                # Whoever looks whether a port is open does that.
+                while "a connection ended before its handshake" not in caplog.messages:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            assert engine.statistics().unauthorized == 0
+            await assert_serves(world, listener.endpoint, there)
+
+    with caplog.at_level("DEBUG"):
+        asyncio.run(main())
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_nonsense_within_a_session_is_answered_and_survived() -> None:
     async def main() -> None:
         async with World("tcp") as world, dealer() as raw:

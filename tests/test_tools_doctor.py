@@ -166,7 +166,7 @@ def test_a_secret_that_others_may_read_and_a_file_that_is_no_toml(home: Path) ->
     good, bad = home / "router.toml", home / "engine.toml"
     good.write_text(f'key_file = "{folder}/r.key"\n')
     bad.write_text("engine_id = \n")
-    code, by_check = found(home, "--config", str(good), str(bad))
+    code, by_check = found(home, "--router", "tcp://127.0.0.1:9", "--config", str(good), str(bad))
     assert code == 1
     assert statuses(by_check["configuration"]) == ["ok", "problem"]
     assert "is not valid TOML" in by_check["configuration"][1]["message"]

@@ -154,6 +154,10 @@ class ZmqListener:
         self._monitor = Monitor(self.port, self.switchboard.probe, self._refused)
 
     def _refused(self) -> None:
+        if self._bus.security is None:
+            # Nobody is refused here: it went away before it said who it is, or spoke no ZMTP.
+            _log.debug("a connection ended before its handshake", every=1.0, at=self.endpoint)
+            return
         self._bus.counters.unauthorized += 1
         _log.warning("a connection was refused: no key, or one that is not authorized", every=1.0, at=self.endpoint)
 
