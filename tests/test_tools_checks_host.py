@@ -18,7 +18,7 @@ from microserve.tools.checks.host import (
     judge_shared_memory,
 )
 from microserve.tools.checks.machine import Machine, Ran
-from microserve.tools.checks.ports import Wanted, check_ports
+from microserve.tools.checks.ports import Wanted, check_ports, who_listens
 from microserve.tools.checks.units import check_units
 from microserve.tools.install_units import UNITS, Places, Work, install
 
@@ -157,7 +157,9 @@ def test_a_port_that_our_router_has_and_one_whose_owner_is_hidden(tmp_path: Path
     process(tmp_path, 42, 77, "/usr/bin/python3", "-P", "-m", "microserve.router")
     ours = only(check_ports(asked, [HTTP]))
     assert (ours.status, ours.message) == ("ok", "HTTP port 8000 of 127.0.0.1 is a microserve router's (process 42)")
+    assert who_listens("127.0.0.1", 8000, tmp_path) == "a microserve router (process 42)"
     assert only(check_ports(machine(tmp_path / "mac"), [HTTP])).status == "note"
+    assert who_listens("127.0.0.1", 8000, tmp_path / "mac") == "another program"
 
 
 # --- units ---------------------------------------------------------------------------------------------------------

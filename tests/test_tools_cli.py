@@ -54,7 +54,8 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["serve"], "invalid choice: 'serve'"),
+        (["serve"], "there is no command 'serve'; there are: up, chat, "),
+        (["statsu"], "there is no command 'statsu'; did you mean status?"),
         (["status", "--jsn"], "unrecognized arguments: --jsn"),
         (["engine", "--page-siz", "3"], "unrecognized arguments: --page-siz 3"),
         (["engine", "--page-size", "x"], "page_size: 'x' is not a whole number"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -28,7 +30,6 @@ from microserve.tools.up_screen import Screen, command_name, usage_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def plan(*arguments: str, environ: dict[str, str] | None = None) -> Plan:
@@ -94,10 +95,9 @@ def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
             plan("--http-port", str(free), "--bind", f"tcp://127.0.0.1:{port}").check()
         with pytest.raises(ConfigError) as both:
             plan("--http-port", str(port), "--bind", f"tcp://127.0.0.1:{port}").check()
-    assert http.value.message == (
-        f"HTTP port {port} of 127.0.0.1 is taken by another program; choose another with --http-port"
-    )
-    assert bus.value.message == f"bus port {port} of 127.0.0.1 is taken by another program; choose another with --bind"
+    us = f"{Path(psutil.Process().cmdline()[0]).name} (process {os.getpid()})"
+    assert http.value.message == f"HTTP port {port} of 127.0.0.1 is taken by {us}; choose another with --http-port"
+    assert bus.value.message == f"bus port {port} of 127.0.0.1 is taken by {us}; choose another with --bind"
     assert both.value.message == f"{http.value.message}; {bus.value.message}"
 
 

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add_operator_options(shared)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", parents=[shared], help="the longest prefixes of an engine")
-    listing.add_argument("engine", metavar="ENGINE")
+    listing.add_argument("engine", metavar="ENGINE", help="as `microserve engines` names it")
     listing.add_argument("--count", type=_count, default=20, metavar="N", help="so many (default: 20)")
     match = actions.add_parser("match", parents=[shared], help="how much of a prompt an engine has")
     pin = actions.add_parser("pin", parents=[shared], help="keep what an engine has of a prompt")
@@ -69,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     evict = actions.add_parser("evict", parents=[shared], help="free what nobody uses and nobody pinned")
     evict.add_argument("--yes", action="store_true", help="without asking")
     move = actions.add_parser("migrate", parents=[shared], help="copy a prompt's KV from one engine to another")
-    move.add_argument("source", metavar="FROM")
-    move.add_argument("target", metavar="TO")
+    move.add_argument("source", metavar="FROM", help="the engine that has it")
+    move.add_argument("target", metavar="TO", help="the engine that gets it")
     for action in (match, pin, unpin, evict):
-        action.add_argument("engine", metavar="ENGINE")
+        action.add_argument("engine", metavar="ENGINE", help="as `microserve engines` names it")
     for action in (match, pin, unpin, evict, move):
         prompt = action.add_mutually_exclusive_group(required=True)
         prompt.add_argument("--text", metavar="TEXT", help="the prompt, as its model's tokenizer reads it")

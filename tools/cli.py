@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from importlib import import_module
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader of our output has left (`microserve status | head`); nothing else may be written to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+    if arguments and not arguments[0].startswith("-"):
+        # Not what argparse would say: it names all, and not the one that is meant.
+        near = difflib.get_close_matches(arguments[0], [*COMMANDS, *DAEMONS], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join([*COMMANDS, *DAEMONS])}"
+        parser().error(f"there is no command {arguments[0]!r}; {hint}")
     parser().parse_args(arguments)
     parser().print_help()
     return 2 if arguments else 0

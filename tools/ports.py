@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import socket
+from pathlib import Path
 
 from microserve.runtime.errors import ConfigError
+from microserve.tools.checks.ports import who_listens
 
 
 def check_http_port(host: str, port: int) -> None:
@@ -35,5 +37,7 @@ def _check(host: str, port: int, what: str, advice: str) -> None:
             probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ConfigError(f"{what} of {host} is taken by another program; {advice}") from error
+                raise ConfigError(
+                    f"{what} of {host} is taken by {who_listens(host, port, Path('/'))}; {advice}"
+                ) from error
             raise ConfigError(f"{what} of {host} cannot be used: {error.strerror}; {advice}") from error

@@ -76,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("words", nargs="*", metavar="REQUEST_ID", help="of one request; after `abort`: of those to end")
     parser.add_argument(
-        "--recent", type=int, default=0, metavar="N", help=f"also the last N that ended (at most {_MOST_RECENT})"
+        "--recent",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"also the last N that ended, newest first (at most {_MOST_RECENT})",
     )
     parser.add_argument("--yes", action="store_true", help="abort without asking")
     add_operator_options(parser)

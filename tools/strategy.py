@@ -60,7 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("set", "serve new requests by a strategy"), ("check", "validate without a change")):
         action = actions.add_parser(name, parents=[shared, which], help=text)
         action.add_argument("name", help="of the strategy")
-        action.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", type=_setting)
+        action.add_argument(
+            "--set",
+            dest="settings",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            type=_setting,
+            help="one of its settings, as `list` names them; may be repeated",
+        )
         action.add_argument("--share", type=_share, default=1.0, help="part of the traffic, above 0 and at most 1")
     rollback = actions.add_parser("rollback", parents=[shared, which], help="back to what served before")
     rollback.add_argument("--to-before", dest="number", type=int, default=None, metavar="N", help="before change N")

@@ -49,6 +49,17 @@ def check_ports(machine: Machine, wanted: Iterable[Wanted]) -> list[Finding]:
     return [_judge(machine, each, net) for each in wanted if each.port]
 
 
+def who_listens(host: str, port: int, root: Path) -> str:
+    """Who has the port, in words; `root` is where /proc is found."""
+    net = [root / "proc/net" / name for name in ("tcp", "tcp6")]
+    found = next((each for each in _listeners(net, port) if _meets(each.address, host)), None)
+    holder = _holder(root / "proc", found.inode) if found is not None else None
+    if holder is None:
+        return "another program"
+    pid, command = holder
+    return f"a microserve router (process {pid})" if ROUTER in command else f"{_program(command)} (process {pid})"
+
+
 def _judge(machine: Machine, wanted: Wanted, net: Sequence[Path]) -> Finding:
     words = f"{wanted.what} port {wanted.port} of {wanted.host}"
     found = next((each for each in _listeners(net, wanted.port) if _meets(each.address, wanted.host)), None)
@@ -62,9 +73,7 @@ def _judge(machine: Machine, wanted: Wanted, net: Sequence[Path]) -> Finding:
     pid, command = holder
     if ROUTER in command:
         return ok("ports", f"{words} is a microserve router's (process {pid})")
-    # Not its arguments: some have secrets there.
-    name = command[0].rpartition("/")[2] if command else "unknown"
-    words = f"{words} is in use by another program: {name} (process {pid})"
+    words = f"{words} is in use by another program: {_program(command)} (process {pid})"
     advice = f"stop it, or choose another port for the router ({wanted.setting})"
     return problem("ports", words, advice) if wanted.needed else note("ports", words, advice)
 
@@ -115,6 +124,11 @@ def _holder(proc: Path, inode: str) -> tuple[int, list[str]] | None:
             # Gone meanwhile, or not ours to look at.
             continue
     return None
+
+
+def _program(command: Sequence[str]) -> str:
+    """Not its arguments: some have secrets there."""
+    return command[0].rpartition("/")[2] if command else "unknown"
 
 
 def _user_name(user: int) -> str:
