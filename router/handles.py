@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +39,9 @@ MOST_EXPECTED = 256
 """Output tokens that a prepared receive keeps room for, unless the strategy says otherwise: few answers are as long as
 they may be."""
 
+_REPORT_LIMIT = 0.25
+"""Seconds that the end of a generation waits for what senders have to tell of KV that it has used: that is on its
+way."""
 _NOTHING_SENT = SendReport(computed=0, reused=0, bytes=0, seconds=0.0)
 
 
@@ -313,6 +318,7 @@ class TokenStream:
         try:
             body = await call.__anext__()
         except StopAsyncIteration:
+            await self._reported()
             return self._last(Chunk([]))
         chunk = Chunk(*_tokens(body))
         if self._waiting:
@@ -324,7 +330,7 @@ class TokenStream:
             chunk.tokens += ids
             if logprobs is not None:
                 chunk.logprobs = (chunk.logprobs or []) + logprobs
-        if call.ended:
+        if call.ended and not self._awaited():
             # The answer usually comes with the last token: then both are one chunk.
             try:
                 return self._last(chunk)
@@ -352,6 +358,23 @@ class TokenStream:
             # What it had cached of earlier output is not told, and counts as computed.
             record.computed = max(0, usage.prompt_tokens + self._prior_output - record.reused)
         self._run.discharge(self._charge)
+
+    def _awaited(self) -> list[RunSending]:
+        """Sends whose reports say how much of what came was computed for us, where all has come."""
+        reply, kv = self._call.reply, self._kv
+        if not isinstance(reply, Generated) or kv is None or not reply.received_tokens or reply.recomputed_tokens:
+            return []
+        return kv.unreported
+
+    async def _reported(self) -> None:
+        """A short generation may end before the senders have told."""
+        try:
+            async with asyncio.timeout(_REPORT_LIMIT):
+                while awaited := self._awaited():
+                    with suppress(MicroserveError):
+                        await awaited[0]
+        except TimeoutError:
+            pass
 
     def _last(self, chunk: Chunk) -> Chunk:
         reply = self._call.reply

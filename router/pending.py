@@ -118,6 +118,12 @@ class RunKv:
         return self.address.end
 
     @property
+    def unreported(self) -> list[RunSending]:
+        """Sends that run, of what no other one has told to have sent."""
+        told = [(each.begin, each.end) for each in self.sendings if each.answer is not None]
+        return [each for each in self.sendings if not each.done and uncovered(each.begin, each.end, told)]
+
+    @property
     def missing(self) -> int:
         return max(0, self.address.end - self.address.matched)
 

@@ -466,6 +466,36 @@ def test_cached_is_what_nobody_computed() -> None:
     run(check)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_generation_that_ends_before_its_senders_have_told_waits_for_that(told: bool) -> None:
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        d.matched = 16
+        generation = await start(world)
+        d.calls[1].part(Tokens(ids=pack_tokens([1]), cached=16))
+        await d.finish(2, cached=16, received=33)
+        chunks: list[Chunk] = []
+
+        async def follow() -> None:
+            async for chunk in generation:
+                chunks.append(chunk)
+
+        reading = asyncio.create_task(follow())
+        await asyncio.sleep(0.2)
+        # Tokens do not wait.
+        assert [token for chunk in chunks for token in chunk.tokens] == [1, 2]
+        assert not reading.done()
+        if told:
+            p.report(p.calls[0], reused=16)
+            await world.settle()
+        else:
+            await asyncio.sleep(0.1)
+        assert reading.done()
+        assert chunks[-1].finish is not None
+        assert chunks[-1].finish.usage.cached_tokens == (32 if told else 49)
+
+    run(check)
+
+
 def test_what_was_computed_for_us_and_moved_here_is_not_cached() -> None:
     async def moved(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
         decode, prefill = fleet.pick("decode"), fleet.pick("prefill")
