@@ -330,10 +330,10 @@ class TokenStream:
             chunk.tokens += ids
             if logprobs is not None:
                 chunk.logprobs = (chunk.logprobs or []) + logprobs
-        if call.ended and not self._awaited():
+        if call.ended:
             # The answer usually comes with the last token: then both are one chunk.
             try:
-                return self._last(chunk)
+                return chunk if self._awaited() else self._last(chunk)
             except ProtocolError:
                 # It ended in an error, which is raised when what arrived before it has been taken.
                 return chunk
