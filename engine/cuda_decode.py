@@ -5,8 +5,8 @@ the page of the new token holds is never read back: its key and value are at han
 program; of several, the last to finish adds their parts up.
 
 FlashInfer's kernel for the same, which it builds from its prompt kernel, needs a plan that the CPU makes in each step,
-and two launches more. At contexts of a few hundred tokens it takes longer by up to a quarter, without what it leaves to
-others; at thousands, as long (perf/RESULTS.md).
+and two launches more. Not counting rotation and storing, it takes up to a quarter longer at contexts of a few hundred
+tokens, and about as long at thousands (perf/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _WARPS = 4
 _STAGES = 3
 """The numbers of the next pages are fetched while keys and values of the one before are waited for."""
 _LEAST_PARTS = {64: 64, 256: 256}
-"""Up to so many rows times KV heads, tokens that are worth a part of their own: a GPU that is mostly idle is cut for
-earlier."""
+"""{most rows times KV heads: the smallest part, in tokens}: small batches are cut finer, since most of the GPU would
+idle."""
 _LEAST_PART = 512
 """The same, for more."""
 _PROGRAMS = 528

@@ -138,6 +138,8 @@ class Peers:
         _check_endpoint(peer.endpoint)
         link = self._link(peer)
         if link is None:
+            if self._is_over(peer):
+                raise PeerLost(f"engine {peer.engine_id} of epoch {peer.epoch:x} has ended")
             raise StaleEpoch(f"epoch {peer.epoch:x} of engine {peer.engine_id} is over", param="address")
         if link.state in ("connecting", "lost"):
             link.hurry()
@@ -150,6 +152,10 @@ class Peers:
             raise link.why()
         return link
 
+    def _is_over(self, peer: PeerAddress) -> bool:
+        """Whether it is the newest incarnation that we know, and dead."""
+        return self._known.get(peer.engine_id) == (peer.epoch, None)
+
     def _link(self, peer: PeerAddress) -> Link | None:
         """The link to this incarnation, begun now if need be; None when it is known to be over."""
         key = (peer.engine_id, peer.epoch)
@@ -158,7 +164,7 @@ class Peers:
             return known
         newest = self._known.get(peer.engine_id, (0, None))[0]
         opened = [link.epoch for link in self._links.values() if link.engine_id == peer.engine_id and link.proven]
-        if self._closed or peer.epoch < max([newest, *opened]):
+        if self._closed or self._is_over(peer) or peer.epoch < max([newest, *opened]):
             return None
         link = Link(peer, reset=self._connect_again)
         self._links[key] = link
@@ -325,8 +331,8 @@ class Peers:
         if len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
         self._lost.pop((body.engine_id, epoch), None)
-        if known is not None and known[0] < epoch:
-            self._over(body.engine_id, known[0], told=known[1] is None)
+        if known is not None and known[0] < epoch and known[1] is not None:
+            self._over(body.engine_id, known[0])
 
     def session_lost(self, session: Session) -> None:
         """An engine that had introduced itself has gone, or cannot be heard; whether it is dead is looked at now."""
@@ -354,14 +360,13 @@ class Peers:
             elif self._clock() - since > FORGET and not self._suspicious():
                 del self._lost[engine_id, epoch]
 
-    def _over(self, engine_id: str, epoch: int, *, told: bool = False) -> None:
-        """This incarnation is dead: it writes no more. `told`: that was seen before, and somebody named it again."""
+    def _over(self, engine_id: str, epoch: int) -> None:
+        """This incarnation is dead: it writes no more. Called once."""
         self._lost.pop((engine_id, epoch), None)
         if self._known[engine_id][0] == epoch:
             self._known[engine_id] = (epoch, None)
-        if not told:
-            _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
-            self._dead(engine_id, epoch)
+        _log.info("peer is dead", engine=engine_id, engine_epoch=epoch)
+        self._dead(engine_id, epoch)
         for link in [each for each in self._links.values() if each.engine_id == engine_id and each.epoch <= epoch]:
             # Whoever was told disconnects it, behind its last words.
             link.connected = False

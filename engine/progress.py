@@ -34,8 +34,8 @@ class Progress:
         self._probe: Callable[[], int] | None = None
         self._probed = 0
         self._instead = ""
-        self._logged = False
-        """Whether it was said that this stage is another one."""
+        self._logged = self._reported = False
+        """Whether it was said that this stage is another one, and whether the work has told how far it is."""
         self._draw: Callable[[int, int | None], None] = _draw_nothing
         self._moved_at = clock()
 
@@ -51,7 +51,8 @@ class Progress:
                 _log.info(self._what)
             self._probed, self._steps = found, f"{found} so far"
             self._moved_at = self._clock()
-            self._draw(found, None)
+            if not self._reported:
+                self._draw(found, None)
         if self._clock() - self._moved_at > self._patience:
             return None
         return f"{self._what}: {self._steps}" if self._steps else self._what
@@ -74,7 +75,8 @@ class Progress:
         # The probe goes first and comes last: whoever looks meanwhile must not ask it about another stage.
         self._probe = None
         self._stage = self._what = what
-        self._steps, self._patience, self._instead, self._logged = "", patience, probed, False
+        self._steps, self._patience, self._instead = "", patience, probed
+        self._logged = self._reported = False
         self._moved_at = self._clock()
         if probe is not None:
             self._probed = 0
@@ -91,7 +93,7 @@ class Progress:
             self._moved_at = self._clock()
 
     def _report(self, done: int, total: int) -> None:
-        self._what = self._stage
+        self._what, self._reported = self._stage, True
         self._steps = f"{done}/{total}" if total <= _EXACT else f"{100 * done // total}%"
         self._moved_at = self._clock()
         self._draw(done, total)

@@ -8,6 +8,7 @@ so that there are versions to compare. It takes a minute. The figures in the pic
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import random
@@ -41,7 +42,9 @@ _CHANGES: tuple[tuple[float, str, float], ...] = ((5.0, "prefill_decode", 1.0), 
 
 def main() -> int:
     """Draws the pictures into the folder of the command line."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/pictures")
+    parser = argparse.ArgumentParser(prog="python -m perf.pictures", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"), help="(default: %(default)s)")
+    folder: Path = parser.parse_args().folder
     with Cluster(engines=_ENGINES, engine_args=_FAKE) as cluster:
         pictures = asyncio.run(_draw(cluster.router))
     for name, picture in pictures.items():

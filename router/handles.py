@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microserve.router.pending import Pending, RunKv, RunSending
+from microserve.router.pending import Pending, RunKv, RunSending, any_end
 from microserve.router.strategy import Chunk
 from microserve.runtime.codec import pack_tokens, unpack_tokens
 from microserve.runtime.errors import MicroserveError, NoEngine, ProtocolError
@@ -275,6 +275,7 @@ class TokenStream:
     """The chunks of one `start_generate`."""
 
     __slots__ = (
+        "_begin",
         "_call",
         "_charge",
         "_finished",
@@ -296,6 +297,7 @@ class TokenStream:
         self._charge = charge
         self._waiting = True
         self._finished = False
+        self._begin = body.begin
         self._prior_output = body.prior_output
         self._most = body.sampling.max_tokens
         self._record = run.begin_record("start_generate", link, body.begin, len(body.prompt) // 4)
@@ -318,7 +320,7 @@ class TokenStream:
         try:
             body = await call.__anext__()
         except StopAsyncIteration:
-            await self._reported()
+            await self._wait_for_reports()
             return self._last(Chunk([]))
         chunk = Chunk(*_tokens(body))
         if self._waiting:
@@ -333,7 +335,7 @@ class TokenStream:
         if call.ended:
             # The answer usually comes with the last token: then both are one chunk.
             try:
-                return chunk if self._awaited() else self._last(chunk)
+                return chunk if self._unreported() else self._last(chunk)
             except ProtocolError:
                 # It ended in an error, which is raised when what arrived before it has been taken.
                 return chunk
@@ -359,22 +361,19 @@ class TokenStream:
             record.computed = max(0, usage.prompt_tokens + self._prior_output - record.reused)
         self._run.discharge(self._charge)
 
-    def _awaited(self) -> list[RunSending]:
-        """Sends whose reports say how much of what came was computed for us, where all has come."""
+    def _unreported(self) -> list[RunSending]:
+        """Sends whose reports say how much of what this generation used was computed for it, where all has come."""
         reply, kv = self._call.reply, self._kv
         if not isinstance(reply, Generated) or kv is None or not reply.received_tokens or reply.recomputed_tokens:
             return []
-        return kv.unreported
+        return [] if self._run.cached_is_known else kv.unreported(self._begin)
 
-    async def _reported(self) -> None:
+    async def _wait_for_reports(self) -> None:
         """A short generation may end before the senders have told."""
-        try:
-            async with asyncio.timeout(_REPORT_LIMIT):
-                while awaited := self._awaited():
-                    with suppress(MicroserveError):
-                        await awaited[0]
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._run.patience(_REPORT_LIMIT)):
+                while running := self._unreported():
+                    await any_end(running)
 
     def _last(self, chunk: Chunk) -> Chunk:
         reply = self._call.reply

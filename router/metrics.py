@@ -115,7 +115,7 @@ class RouterMetrics(Collector):
         error = generation.error
         label.outcomes["ok" if error is None else error.code] += 1
         label.tokens_in += len(generation.request.prompt)
-        label.tokens_out += generation.output_tokens
+        label.tokens_out += generation.completion_tokens
         if generation.finish is not None:
             label.tokens_cached += generation.finish.usage.cached_tokens
         if generation.started_at is not None:

@@ -78,6 +78,10 @@ class Pending(Generic[T]):
             yield from waiter
         return self._answer
 
+    def wake(self, waiter: asyncio.Future[None]) -> None:
+        """`waiter` gets its result at the end of this, unless it has it by then."""
+        self._waiters.append(waiter)
+
     def settle(self, answer: T | None, error: MicroserveError | None) -> None:
         """It has ended. No effect after the end."""
         if self.done:
@@ -117,11 +121,10 @@ class RunKv:
     def end(self) -> int:
         return self.address.end
 
-    @property
-    def unreported(self) -> list[RunSending]:
-        """Sends that run, of what no other one has told to have sent."""
+    def unreported(self, until: int) -> list[RunSending]:
+        """Sends of positions below `until` that still run, unless others have reported their whole range."""
         told = [(each.begin, each.end) for each in self.sendings if each.answer is not None]
-        return [each for each in self.sendings if not each.done and uncovered(each.begin, each.end, told)]
+        return [each for each in self.sendings if not each.done and uncovered(each.begin, min(each.end, until), told)]
 
     @property
     def missing(self) -> int:
@@ -144,6 +147,14 @@ class RunSending(Pending[SendReport]):
     def cancel(self) -> None:
         if self.call is not None:
             self.call.cancel()
+
+
+async def any_end(pendings: Iterable[Pending[Any]]) -> None:
+    """Returns when one of these, which all run, has ended, well or not."""
+    waiter = asyncio.get_running_loop().create_future()
+    for each in pendings:
+        each.wake(waiter)
+    await waiter
 
 
 def uncovered(begin: int, end: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

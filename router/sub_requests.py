@@ -85,9 +85,11 @@ class SubRequests:
         self._cached_at_end: int | None = None
         self._first_cached: int | None = None
         """What nobody computed, of a choice whose first tokens came from another engine than the next ones."""
+        self._went_elsewhere = False
 
     def go_on(self, request: Request) -> None:
         """The choice begins again, with what is left of it. Everything that was started has been let go of."""
+        self._went_elsewhere = True
         self.request = request
         self.prompt_bytes = pack_tokens(request.prompt)
         self._names = None
@@ -351,6 +353,11 @@ class SubRequests:
     def began(self, link: EngineLink, kv: RunKv | None, cached: int) -> None:
         """A generation has its first tokens, and said how much of the prompt it found in its prefix tree."""
         self._began = (link, kv, cached)
+
+    @property
+    def cached_is_known(self) -> bool:
+        """Whether no report changes any more what counts as cached: the first tokens came from elsewhere."""
+        return self._first_cached is not None or self._went_elsewhere
 
     def went_on(self, cached: int) -> None:
         """A generation has ended where the program wanted it to, not the request. `cached` tokens of the prompt nobody

@@ -208,6 +208,7 @@ class Announcer:
         self._tasks: list[asyncio.Task[None]] = []
         self._wakes = {endpoint: asyncio.Event() for endpoint in self._routers}
         self._announced: dict[str, RpcClient] = {}
+        self._stopping = False
 
     @property
     def announced(self) -> tuple[str, ...]:
@@ -220,6 +221,10 @@ class Announcer:
             task = asyncio.create_task(self._keep_announced(endpoint), name=f"announce {endpoint}")
             task.add_done_callback(self._ended)
             self._tasks.append(task)
+
+    def stopping(self) -> None:
+        """This process ends as soon as what it has is finished."""
+        self._stopping = True
 
     def changed(self) -> None:
         """The engine's state or its facts changed: tell the routers now, not at the next heartbeat."""
@@ -273,7 +278,7 @@ class Announcer:
 
     def _tell(self, event: str, **fields: Any) -> None:
         """To an engine that stops, a router that has stopped before it is no trouble."""
-        tell = self._log.info if self._load().state == "draining" else self._log.warning
+        tell = self._log.info if self._stopping else self._log.warning
         tell(event, **fields)
 
     async def _announce(self, client: RpcClient) -> EngineInfo:

@@ -225,6 +225,7 @@ class ScriptedEngine:
         reason: str = "length",
         cached: int = 0,
         received: int = 0,
+        recomputed: int = 0,
         stop_token: int | None = None,
     ) -> None:
         """Streams the last tokens and ends the call."""
@@ -235,7 +236,15 @@ class ScriptedEngine:
         prompt = len(unpack_tokens(self.started(call).prompt))
         completion = self.started(call).prior_output + len(ids) + (stop_token is not None)
         usage = Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached)
-        incoming.reply(Generated(finish_reason=reason, usage=usage, received_tokens=received, stop_token=stop_token))
+        incoming.reply(
+            Generated(
+                finish_reason=reason,
+                usage=usage,
+                received_tokens=received,
+                recomputed_tokens=recomputed,
+                stop_token=stop_token,
+            )
+        )
         await self._network.settle()
 
     async def fail(self, error: MicroserveError, *, call: int = -1) -> None:

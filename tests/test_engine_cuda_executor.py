@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-# FlashInfer may have to compile its kernels first, some two minutes for each kind of attention.
+# FlashInfer may have to compile its kernels first: 80 to 100 s for each further kind of attention, on 32 cores.
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 CASES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from tests.fleet_rig import Fleet, run_fleet
 
 from microserve.engine.peers import FORGET, FORGET_DEBT, layout_difference
 from microserve.kv.transfer.base import LinkReport
-from microserve.runtime.errors import InvalidRequest, LayoutMismatch, StaleEpoch, TransferFailed
+from microserve.runtime.errors import InvalidRequest, LayoutMismatch, PeerLost, StaleEpoch, TransferFailed
 from microserve.runtime.ids import Peer
 from microserve.runtime.messages import (
     Info,
@@ -224,8 +224,10 @@ def test_that_a_peer_is_dead_is_told_once(caplog: pytest.LogCaptureFixture) -> N
         a, b = fleet.engines
         await b.kill()
         await fleet.until(lambda: a.core.peers.get("b") is None)
-        # Somebody who has not heard of it still names the dead one.
+        # Somebody who has not heard of it still names the dead one: it is neither dialled nor listed.
         await fleet.ask(a, Meet(peers=[b.address]), Ok)
+        assert a.core.peers.get("b") is None
+        await raises(PeerLost, a.core.peers.reach(b.address))
         await fleet.add("b", epoch=2)
         await fleet.meet()
         assert link_of(a, "b").epoch == 2

@@ -100,10 +100,19 @@ def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
     assert [record.getMessage() for record in caplog.records] == ["compiling"]
 
 
-def test_what_is_counted_from_outside_gives_way_to_what_the_work_tells(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_counted_from_outside_gives_way_to_what_the_work_tells(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
+    drawn: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+        yield lambda done, total: drawn.append((done, total))
+
+    monkeypatch.setattr(progress_module, "_bar", bar)
     built = [0]
-    progress = Progress(clock=ManualClock())
+    progress = Progress(bars=True, clock=ManualClock())
     with progress.stage("capturing graphs", probe=lambda: built[0], probed="compiling") as report:
         built[0] = 2
         assert progress.look() == "compiling: 2 so far"
@@ -113,6 +122,7 @@ def test_what_is_counted_from_outside_gives_way_to_what_the_work_tells(caplog: p
         assert progress.look() == "compiling: 3 so far"
         report(2, 20)
         assert progress.look() == "capturing graphs: 2/20"
+    assert drawn == [(2, None), (1, 20), (2, 20)], "a bar has one unit"
     assert [record.getMessage() for record in caplog.records] == ["compiling"]
 
 

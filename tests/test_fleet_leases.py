@@ -68,6 +68,8 @@ def test_what_a_lease_matched_whole_counts_as_without_a_lease() -> None:
         kv = await fleet.prep_recv(b, prompt, end=-1)
         assert kv.matched == 48
         assert (await answers(fleet, b, prompt, kv=kv)).usage.cached_tokens == cached == 44
+        await fleet.until(lambda: b.core.verbs.load().prefix_lookup_tokens == 3 * 48)
+        assert b.core.verbs.load().prefix_hit_tokens == 2 * 44
 
     run_fleet(work)
 

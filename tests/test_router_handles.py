@@ -496,6 +496,49 @@ def test_a_generation_that_ends_before_its_senders_have_told_waits_for_that(told
     run(check)
 
 
+@pytest.mark.parametrize("why", ["another has told", "recomputed", "nothing came", "behind the beginning"])
+def test_a_generation_waits_for_no_report_that_it_did_not_need(why: str) -> None:
+    async def sending(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
+        decode, prefill = fleet.pick("decode"), fleet.pick("prefill")
+        kv = await decode.prep_recv()
+        prefill.remote_send(kv, end=48)
+        if why == "another has told":
+            await fleet.pick("prefill").remote_send(kv, end=48)
+        if why == "behind the beginning":
+            await prefill.remote_send(kv, end=16)
+        async for chunk in decode.start_generate(kv=kv, begin=16 if why == "behind the beginning" else 48):
+            yield chunk
+
+    async def check(world: World, d: ScriptedEngine, p: ScriptedEngine, q: ScriptedEngine) -> None:
+        generation = await start(world)
+        sends = [call for each in (p, q) for call in each.calls if isinstance(call.body, RemoteSend)]
+        if len(sends) > 1:
+            p.report(sends[-1])
+            await world.settle()
+        received = {"nothing came": 0, "behind the beginning": 16}.get(why, 48)
+        began = asyncio.get_running_loop().time()
+        await d.finish(2, received=received, recomputed=int(why == "recomputed"))
+        chunks = await read(generation)
+        assert chunks[-1].finish is not None
+        assert asyncio.get_running_loop().time() - began < 0.1
+
+    run(check, sending)
+
+
+@pytest.mark.parametrize("left", [0.1, 10.0])
+def test_waiting_for_a_report_costs_no_answer(left: float) -> None:
+    """The time that the request has left is not spent."""
+
+    async def check(world: World, d: ScriptedEngine, _p: ScriptedEngine, _q: ScriptedEngine) -> None:
+        generation = await start(world, timeout=left)
+        await d.finish(2, received=49)
+        chunks = await read(generation)
+        assert chunks[-1].finish is not None
+        assert generation.error is None
+
+    run(check)
+
+
 def test_what_was_computed_for_us_and_moved_here_is_not_cached() -> None:
     async def moved(request: Request, fleet: Fleet) -> AsyncIterator[Chunk]:
         decode, prefill = fleet.pick("decode"), fleet.pick("prefill")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,28 @@ def test_what_was_computed_for_the_first_token_counts_as_computed() -> None:
         chunks = await read(world.generate(PROMPT))
         assert chunks[-1].finish is not None
         assert chunks[-1].finish.usage.cached_tokens == 0
+
+    run("prefill_decode", check, "d-decode", "p-prefill")
+
+
+def test_the_end_waits_for_no_report_where_the_first_token_came_early() -> None:
+    """What counts as cached was known with the first token."""
+
+    async def check(world: World) -> None:
+        d = world.engines["d"]
+
+        def end(call: IncomingCall) -> None:
+            d._use_up(call)
+            call.part(Tokens(ids=pack_tokens([2])))
+            usage = Usage(prompt_tokens=len(PROMPT) + 1, completion_tokens=2)
+            call.reply(Generated(finish_reason="length", usage=usage, received_tokens=80))
+
+        world.engines["p"].answers[RemoteSend] = lambda call: None
+        d.answers[StartGenerate] = end
+        began = asyncio.get_running_loop().time()
+        chunks = await read(world.generate(PROMPT, max_tokens=2))
+        assert chunks[-1].finish is not None
+        assert asyncio.get_running_loop().time() - began < 0.1
 
     run("prefill_decode", check, "d-decode", "p-prefill")
 

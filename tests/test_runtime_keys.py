@@ -121,7 +121,9 @@ def test_without_a_key_nobody_gets_in_and_it_is_counted(folder: Path, me: Peer, 
     run(work)
 
 
-def test_who_presents_a_key_where_there_are_none_is_told_of_that_too(folder: Path) -> None:
+def test_who_presents_a_key_where_there_are_none_is_told_of_that_too(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def work() -> None:
         router, dialler, server = bus(folder, None, ROUTER), bus(folder, "me", CLIENT), Recorder()
         try:
@@ -129,12 +131,14 @@ def test_who_presents_a_key_where_there_are_none_is_told_of_that_too(folder: Pat
             assert await refused(dialler, listener.endpoint, Unauthorized) == (
                 f"{listener.endpoint} refused our key: it is not authorized there, or no keys are used there"
             )
+            await counted(router)
             assert server.sessions == []
         finally:
             await dialler.close()
             await router.close()
 
     run(work)
+    assert caplog.messages == ["a connection was refused: it has keys, and this bus has none"]
 
 
 def test_a_key_of_another_fleet_does_not_get_in(folder: Path, tmp_path: Path) -> None:

@@ -300,22 +300,24 @@ def test_a_change_of_state_is_told_at_once() -> None:
     run_virtual(scenario())
 
 
-@pytest.mark.parametrize(("state", "level"), [("ready", "WARNING"), ("draining", "INFO")])
-def test_a_lost_router_is_no_trouble_to_an_engine_that_stops(
-    state: str, level: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_lost_router_is_no_trouble_to_an_engine_that_stops(stopping: bool, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         scene = Scene()
         router = await scene.router()
         bus = scene.network.bus(Peer("engine", "a", 1))
-        announcer = Announcer(bus, (ROUTER,), engine_info, lambda: Load(state=state))
+        # An engine that an operator drains stays.
+        announcer = Announcer(bus, (ROUTER,), engine_info, lambda: Load(state="draining"))
         announcer.start()
         await scene.wait(1)
+        if stopping:
+            announcer.stopping()
         scene.network.kill(router)
         await scene.wait(4)
         await announcer.leave()
         await scene.close()
 
+    level = "INFO" if stopping else "WARNING"
     with caplog.at_level(logging.INFO):
         run_virtual(scenario())
     told = [(record.getMessage(), record.levelname) for record in caplog.records if "router" in record.getMessage()]

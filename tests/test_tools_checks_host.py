@@ -201,7 +201,7 @@ def test_units_that_do_not_run_well(changes: dict[str, str], status: str, messag
 
 
 def test_units_that_are_missing_or_of_another_version_or_not_to_be_asked(tmp_path: Path) -> None:
-    assert only(check_units(machine(tmp_path / "a", systemctl=Ran(0)))).message.startswith("no systemd here")
+    assert only(check_units(machine(tmp_path / "a", systemctl=Ran(0)))).message.startswith("no systemd here to restart")
     bare = machine(tmp_path / "b", files={"run/systemd/system/x": ""}, systemctl=Ran(0))
     assert only(check_units(bare)).advice.startswith("`microserve install-units`")
     half = with_systemd(tmp_path / "c", Ran(0, ""), units=UNITS[:2])

@@ -297,6 +297,7 @@ def test_up_serves_restarts_a_killed_engine_and_stops_clean(folder: Path, tmp_pa
         up.process.send_signal(signal.SIGINT)
         assert up.end() == 0
         assert "up       | stopping: running requests may finish; Ctrl-C again ends them now" in up.lines
+        assert up.lines[-1] == "up       | stopped"
     logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     assert set(logs) == {"router.log", "engine-0.log", "engine-1.log"}
     assert logs["engine-1.log"].count(" ready ") == 2
@@ -329,6 +330,7 @@ def test_a_running_request_finishes_and_a_second_signal_does_not_wait(folder: Pa
             up.until("stopping")
             up.process.send_signal(signal.SIGINT)
             assert up.end() == 130
+        assert up.lines[-1] == "up       | stopped; what still ran was cut off"
 
 
 def test_daemons_do_not_outlive_a_killed_supervisor(folder: Path) -> None:

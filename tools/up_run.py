@@ -79,7 +79,7 @@ class Up:
             for line in list(refused.lines)[-10:]:
                 print(f"{refused.name} | {line}", file=sys.stderr)
             return EXIT_CONFIG
-        # Where the screen was, something is to be left.
+        # The screen vanishes; this line stays.
         self._screen.close()
         self._say("stopped" if self._signals < 2 else "stopped; what still ran was cut off")
         return _EXIT_SECOND_SIGNAL if self._signals > 1 else EXIT_OK

@@ -151,7 +151,7 @@ class RequestInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int = 0
     cached_tokens: int = 0
     engines: list[str] = []
-    """Those that were asked for anything; the last one decodes."""
+    """Those that were asked for anything: those that generate come last, in the order in which they were asked."""
     first_token: float | None = None
     ended: float | None = None
     error: str = ""

@@ -67,7 +67,7 @@ class Dialled:
         # libzmq would reconnect, perhaps to another incarnation; a session is never resumed.
         self.session.end(PeerLost(f"the connection to {self.session.peer} broke"))
 
-    def _refused(self) -> None:
+    def _refused(self, _unsaid: bool) -> None:
         # A restarted peer's half-open socket fails a handshake, too; only who has not greeted yet learns from it.
         # Nor does libzmq say which of the two it was.
         peer = self.session.peer.name
@@ -153,13 +153,16 @@ class ZmqListener:
         self.port = Port(socket, self._take)
         self._monitor = Monitor(self.port, self.switchboard.probe, self._refused)
 
-    def _refused(self) -> None:
-        if self._bus.security is None:
-            # Nobody is refused here: it went away before it said who it is, or spoke no ZMTP.
+    def _refused(self, unsaid: bool) -> None:
+        if self._bus.security is None and unsaid:
+            # Where no keys are, nobody needs one: whoever looks whether a port is open leaves like that.
             _log.debug("a connection ended before its handshake", every=1.0, at=self.endpoint)
             return
         self._bus.counters.unauthorized += 1
-        _log.warning("a connection was refused: no key, or one that is not authorized", every=1.0, at=self.endpoint)
+        why = "no key, or one that is not authorized"
+        if self._bus.security is None:
+            why = "it has keys, and this bus has none"
+        _log.warning(f"a connection was refused: {why}", every=1.0, at=self.endpoint)
 
     def _take_with_user(self) -> None:
         routing_id = self._receive(NOBLOCK)

@@ -156,10 +156,11 @@ class Port:
 class Monitor:
     """Calls `disconnected()` when a connection of `port`'s socket has gone, after what it delivered has been read.
 
-    `refused()` is called when a handshake failed: one of the two sides has the wrong key, or none.
+    `refused(unsaid)` is called when a handshake failed: one of the two sides has the wrong key, or none; or, `unsaid`,
+    the other one left, or said nothing that could be understood.
     """
 
-    def __init__(self, port: Port, disconnected: Callable[[], None], refused: Callable[[], None]) -> None:
+    def __init__(self, port: Port, disconnected: Callable[[], None], refused: Callable[[bool], None]) -> None:
         self._watched = port
         self._disconnected = disconnected
         self._refused = refused
@@ -170,7 +171,7 @@ class Monitor:
     def _take(self) -> None:
         event, _value = _MONITOR_EVENT.unpack(self._port.socket.recv_multipart(NOBLOCK)[0])
         if event & _REFUSALS:
-            self._refused()
+            self._refused(event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
         elif event == zmq.EVENT_DISCONNECTED and self._timer is None:
             self._timer = self._loop.call_later(_SETTLE, self._settled)
 

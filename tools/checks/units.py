@@ -20,7 +20,7 @@ def check_units(machine: Machine) -> list[Finding]:
     """Of the system's manager, and of our own."""
     # As sd_booted(3) does: the programs may be there without the manager.
     if machine.find("systemctl") is None or not (machine.root / "run/systemd/system").is_dir():
-        return [note("units", "no systemd here: it restarts no daemon that ends", "`microserve up` restarts its own")]
+        return [note("units", "no systemd here to restart a daemon that ends", "`microserve up` restarts its own")]
     findings = []
     for places in (Places.of_system(machine.root), Places.of_user(machine.config_home)):
         if any((places.units / name).exists() for name in UNITS):
