@@ -39,18 +39,20 @@ if TYPE_CHECKING:
     from microserve.runtime.messages import KvAddress
 
 SENT = PAGES << 20
+UNHURRIED = ("--fake-prefill-us-per-token", "700")
+"""A second sender is asked and refused before the first one pushes, on a busy machine, too."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """For tests after which every process still lives."""
-    with make_cluster(engines=3) as running:
+    with make_cluster(*UNHURRIED, engines=3) as running:
         yield running
 
 
 @pytest.fixture
 def own_cluster() -> Iterator[Cluster]:
-    with make_cluster(engines=3) as running:
+    with make_cluster(*UNHURRIED, engines=3) as running:
         yield running
 
 
