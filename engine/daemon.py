@@ -396,8 +396,6 @@ class Engine:
             self._crash.exception()  # `run` has raised it, or something else ended it first.
 
     async def _drain(self) -> None:
-        if self._announcer is not None:
-            self._announcer.stopping()
         self.verbs.drain()
         live = self.verbs.live
         began = monotonic()

@@ -12,7 +12,7 @@ import contextlib
 import random
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from microserve.runtime.errors import InvalidRequest, MicroserveError, NotFound
 from microserve.runtime.log import get_logger
@@ -208,7 +208,6 @@ class Announcer:
         self._tasks: list[asyncio.Task[None]] = []
         self._wakes = {endpoint: asyncio.Event() for endpoint in self._routers}
         self._announced: dict[str, RpcClient] = {}
-        self._stopping = False
 
     @property
     def announced(self) -> tuple[str, ...]:
@@ -221,10 +220,6 @@ class Announcer:
             task = asyncio.create_task(self._keep_announced(endpoint), name=f"announce {endpoint}")
             task.add_done_callback(self._ended)
             self._tasks.append(task)
-
-    def stopping(self) -> None:
-        """This process ends as soon as what it has is finished."""
-        self._stopping = True
 
     def changed(self) -> None:
         """The engine's state or its facts changed: tell the routers now, not at the next heartbeat."""
@@ -255,7 +250,7 @@ class Announcer:
             try:
                 client = await connect(self._bus, endpoint)
             except MicroserveError as error:
-                self._tell("router does not answer", every=30.0, router=endpoint, error=error)
+                self._log.warning("router does not answer", every=30.0, router=endpoint, error=error)
             else:
                 try:
                     told = await self._announce(client)
@@ -264,7 +259,7 @@ class Announcer:
                     self._log.info("announced", router=endpoint)
                     await self._beat(client, self._wakes[endpoint], told)
                 except MicroserveError as error:
-                    self._tell("router lost", every=5.0, router=endpoint, error=error)
+                    self._log.warning("router lost", every=5.0, router=endpoint, error=error)
                     self._announced.pop(endpoint, None)
                     client.session.close("announcing again")
                 except asyncio.CancelledError:
@@ -275,11 +270,6 @@ class Announcer:
             # Spread, so that a fleet does not come back to a restarted router in one instant.
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, _LAST_RETRY)
-
-    def _tell(self, event: str, **fields: Any) -> None:
-        """To an engine that stops, a router that has stopped before it is no trouble."""
-        tell = self._log.info if self._stopping else self._log.warning
-        tell(event, **fields)
 
     async def _announce(self, client: RpcClient) -> EngineInfo:
         """What the router was told."""

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
+import pytest
+
 from microserve.engine import cuda_open
 from microserve.engine import progress as progress_module
 from microserve.engine.progress import PATIENCE, Progress
@@ -16,7 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import pytest
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
+    """What bars are told: how many are done, and in all."""
+    found: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+        yield lambda done, total: found.append((done, total))
+
+    monkeypatch.setattr(progress_module, "_bar", bar)
+    return found
 
 
 def test_a_stage_is_told_with_how_far_it_is() -> None:
@@ -77,16 +90,9 @@ def test_a_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    drawn: list[tuple[int, int | None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    drawn: list[tuple[int, int | None]] = []
-
-    @contextmanager
-    def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
-        yield lambda done, total: drawn.append((done, total))
-
-    monkeypatch.setattr(progress_module, "_bar", bar)
     built = [0]
     progress = Progress(bars=True)
     with progress.stage("measuring", probe=lambda: built[0], probed="compiling"):
@@ -101,16 +107,9 @@ def test_what_is_counted_from_outside_is_drawn_and_may_rename_its_stage(
 
 
 def test_what_is_counted_from_outside_gives_way_to_what_the_work_tells(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    drawn: list[tuple[int, int | None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    drawn: list[tuple[int, int | None]] = []
-
-    @contextmanager
-    def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
-        yield lambda done, total: drawn.append((done, total))
-
-    monkeypatch.setattr(progress_module, "_bar", bar)
     built = [0]
     progress = Progress(bars=True, clock=ManualClock())
     with progress.stage("capturing graphs", probe=lambda: built[0], probed="compiling") as report:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 
 import msgspec
@@ -298,30 +297,6 @@ def test_a_change_of_state_is_told_at_once() -> None:
         await scene.close()
 
     run_virtual(scenario())
-
-
-@pytest.mark.parametrize("stopping", [False, True])
-def test_a_lost_router_is_no_trouble_to_an_engine_that_stops(stopping: bool, caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        scene = Scene()
-        router = await scene.router()
-        bus = scene.network.bus(Peer("engine", "a", 1))
-        # An engine that an operator drains stays.
-        announcer = Announcer(bus, (ROUTER,), engine_info, lambda: Load(state="draining"))
-        announcer.start()
-        await scene.wait(1)
-        if stopping:
-            announcer.stopping()
-        scene.network.kill(router)
-        await scene.wait(4)
-        await announcer.leave()
-        await scene.close()
-
-    level = "INFO" if stopping else "WARNING"
-    with caplog.at_level(logging.INFO):
-        run_virtual(scenario())
-    told = [(record.getMessage(), record.levelname) for record in caplog.records if "router" in record.getMessage()]
-    assert told == [("router lost", level), ("router does not answer", level)]
 
 
 @pytest.mark.parametrize("silently", [False, True])

@@ -26,6 +26,7 @@ from tests.tokenizer_zoo import write_checkpoint
 from microserve.runtime.client import Client
 from microserve.runtime.errors import ConfigError
 from microserve.tools.up import Plan, _parser, main, usable_cores
+from microserve.tools.up_run import Up
 from microserve.tools.up_screen import Screen, command_name, usage_lines
 
 if TYPE_CHECKING:
@@ -301,6 +302,18 @@ def test_up_serves_restarts_a_killed_engine_and_stops_clean(folder: Path, tmp_pa
     logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     assert set(logs) == {"router.log", "engine-0.log", "engine-1.log"}
     assert logs["engine-1.log"].count(" ready ") == 2
+    assert [name for name, log in logs.items() if " drained " not in log] == [], "somebody was killed"
+
+
+def test_engines_that_their_router_lets_go_of_as_it_ends_are_not_killed() -> None:
+    up = Up(plan("--engines", "2"), screen=False)
+    engines = [
+        replace(STATUS.engines[0], info=replace(STATUS.engines[0].info, engine_id=f"engine-{n}")) for n in (0, 1)
+    ]
+    up._show(replace(STATUS, engines=engines))
+    up._stopping.set()
+    up._show(replace(STATUS, engines=[]))
+    assert up._joined == {"engine-0", "engine-1"}
 
 
 def test_a_running_request_finishes_and_a_second_signal_does_not_wait(folder: Path) -> None:

@@ -106,7 +106,8 @@ class Up:
         states = {engine.info.engine_id: engine.state for engine in status.engines} if status else {}
         drained = [name for name in waiting if states.get(name) == "draining"]
         phase = self._describe(status, waiting, drained)
-        if status is not None:
+        # A router that ends lets go of its engines first, and still answers: they have joined all the same.
+        if status is not None and not self._stopping.is_set():
             self._joined = {engine.info.engine_id for engine in status.engines}
         self._screen.show(status, self._children, phase)
         if phase != self._phase and not self._stopping.is_set():
